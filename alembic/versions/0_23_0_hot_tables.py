@@ -1,0 +1,318 @@
+"""The hot tables: what can be claimed and what is claimed, beside the main table.
+
+Safe on a live system. One short transaction, begun only when the lock is free, makes the tables
+and the triggers; from its commit on every write is projected. Then rows that were there before
+are projected in batches, each a transaction. After an interruption `alembic upgrade` begins this
+revision again, and it finds what is done.
+
+Revision ID: 0.23.0
+Revises: 0.22.0
+"""
+
+import sqlalchemy as sa
+
+from alembic import op
+
+revision = "0.23.0"
+down_revision = "0.22.0"
+branch_labels = None
+depends_on = None
+
+PREPROCESSOR = """
+CREATE OR REPLACE FUNCTION %(schema)s.checkpoint_preprocessor() RETURNS trigger
+LANGUAGE plpgsql AS $$
+BEGIN
+  IF TG_OP = 'UPDATE' THEN
+    NEW.updated_at = statement_timestamp();
+    IF NEW.status = 'failed' AND OLD.status <> 'failed' THEN
+      NEW.process_at = NULL;
+    END IF;
+  END IF;
+  IF NEW.status = 'active' THEN
+    IF NEW.stream_version > NEW.stream_position THEN
+      IF NEW.process_at IS NULL THEN
+        NEW.process_at = statement_timestamp();
+      END IF;
+    ELSIF NEW.reserved_until IS NULL THEN
+      NEW.process_at = NULL;
+    END IF;
+  ELSIF NEW.status = 'retry' AND NEW.process_at IS NULL THEN
+    NEW.process_at = statement_timestamp();
+  END IF;
+  RETURN NEW;
+END $$
+"""
+
+POSTPROCESSOR = """
+CREATE OR REPLACE FUNCTION %(schema)s.checkpoint_postprocessor() RETURNS trigger
+LANGUAGE plpgsql AS $$
+DECLARE
+  was_ready boolean = false;
+  was_reserved boolean = false;
+BEGIN
+  IF TG_OP = 'UPDATE' THEN
+    IF NEW.reserved_until IS NOT DISTINCT FROM OLD.reserved_until
+       AND NEW.stream_version = OLD.stream_version
+       AND NEW.stream_position = OLD.stream_position
+       AND NEW.status = OLD.status THEN
+      was_reserved = true;
+      was_ready = true;
+    ELSIF NEW.reserved_until IS NOT DISTINCT FROM OLD.reserved_until
+       AND NEW.process_at IS NOT DISTINCT FROM OLD.process_at THEN
+      RETURN NULL;
+    ELSE
+      was_reserved = OLD.reserved_until IS NOT NULL;
+      was_ready = OLD.process_at IS NOT NULL AND NOT was_reserved;
+    END IF;
+  END IF;
+
+  IF NEW.reserved_until IS NOT NULL THEN
+    IF was_ready THEN
+      DELETE FROM %(schema)s.checkpoints_ready WHERE id = NEW.id;
+    END IF;
+    INSERT INTO %(schema)s.checkpoints_reserved AS reserved (id, reserved_until)
+    VALUES (NEW.id, NEW.reserved_until)
+    ON CONFLICT (id) DO UPDATE SET reserved_until = EXCLUDED.reserved_until
+    WHERE reserved.reserved_until <> EXCLUDED.reserved_until;
+    RETURN NULL;
+  END IF;
+
+  IF was_reserved THEN
+    DELETE FROM %(schema)s.checkpoints_reserved WHERE id = NEW.id;
+  END IF;
+  IF NEW.process_at IS NOT NULL THEN
+    INSERT INTO %(schema)s.checkpoints_ready AS ready (id, process_at)
+    VALUES (NEW.id, NEW.process_at)
+    ON CONFLICT (id) DO UPDATE SET process_at = EXCLUDED.process_at
+    WHERE ready.process_at <> EXCLUDED.process_at;
+    -- The consumer that ends a reservation goes on by itself; others sleep and must be told.
+    IF OLD.reserved_until IS NULL
+       AND NEW.process_at IS DISTINCT FROM OLD.process_at
+       AND coalesce(current_setting('checkpoints.notify', true), '') <> 'off' THEN
+      PERFORM pg_notify(TG_TABLE_SCHEMA, subscription_groups.name)
+      FROM %(schema)s.subscriptions
+      JOIN %(schema)s.subscription_groups
+        ON subscription_groups.id = subscriptions.subscription_group_id
+      WHERE subscriptions.id = NEW.subscription_id
+        AND subscriptions.status IN ('active', 'replay');
+    END IF;
+  ELSIF was_ready THEN
+    DELETE FROM %(schema)s.checkpoints_ready WHERE id = NEW.id;
+  END IF;
+  RETURN NULL;
+END $$
+"""
+
+SUBSCRIPTION_NOTIFIER = """
+CREATE OR REPLACE FUNCTION %(schema)s.subscription_notifier() RETURNS trigger
+LANGUAGE plpgsql AS $$
+BEGIN
+  IF coalesce(current_setting('checkpoints.notify', true), '') <> 'off' THEN
+    PERFORM pg_notify(TG_TABLE_SCHEMA, subscription_groups.name)
+    FROM %(schema)s.subscription_groups
+    WHERE subscription_groups.id = NEW.subscription_group_id;
+  END IF;
+  RETURN NULL;
+END $$
+"""
+
+TRIGGERS = (
+    """
+CREATE OR REPLACE TRIGGER checkpoint_postprocessor
+AFTER INSERT OR UPDATE ON %(schema)s.checkpoints
+FOR EACH ROW EXECUTE FUNCTION %(schema)s.checkpoint_postprocessor()
+""",
+    """
+CREATE OR REPLACE TRIGGER subscription_notifier
+AFTER UPDATE OF status ON %(schema)s.subscriptions
+FOR EACH ROW
+WHEN (NEW.status IN ('active', 'replay') AND OLD.status NOT IN ('active', 'replay'))
+EXECUTE FUNCTION %(schema)s.subscription_notifier()
+""",
+)
+
+# Waiting for a table lock makes every later writer wait behind it. So it waits for two seconds,
+# lets the others pass, and tries again, for about two minutes in all.
+LOCK = """
+DO $$
+DECLARE
+  attempts integer = 0;
+BEGIN
+  LOOP
+    BEGIN
+      SET LOCAL lock_timeout = '2s';
+      LOCK TABLE %(tables)s IN %(mode)s MODE;
+      EXIT;
+    EXCEPTION WHEN lock_not_available THEN
+      attempts = attempts + 1;
+      IF attempts >= 40 THEN
+        RAISE;
+      END IF;
+      PERFORM pg_sleep(1);
+    END;
+  END LOOP;
+END $$
+"""
+
+# The rows of a batch are locked in the order that every statement keeps to. What is inserted is
+# read again after that, and only of locked rows: nobody else moves them meanwhile. A row that broke
+# the rule before there was one is updated to what it is, and the triggers mend it.
+BACKFILL = """
+DO $$
+DECLARE
+  after_id bigint = -9223372036854775808;
+  last_id bigint;
+  locked bigint[];
+  attempts integer = 0;
+BEGIN
+  LOOP
+    SELECT max(id) INTO last_id
+    FROM (SELECT id FROM %(schema)s.checkpoints WHERE id > after_id ORDER BY id LIMIT 5000) AS batch;
+    EXIT WHEN last_id IS NULL;
+    BEGIN
+      SET LOCAL lock_timeout = '2s';
+      SELECT array_agg(id) INTO locked
+      FROM (
+        SELECT id FROM %(schema)s.checkpoints
+        WHERE id > after_id AND id <= last_id
+          AND (process_at IS NOT NULL OR reserved_until IS NOT NULL OR status = 'retry'
+               OR (status = 'active' AND stream_version > stream_position))
+        ORDER BY subscription_id, stream_name
+        FOR NO KEY UPDATE
+      ) AS candidates;
+      UPDATE %(schema)s.checkpoints
+      SET process_at = process_at
+      WHERE id = ANY (locked)
+        AND CASE
+              WHEN status = 'retry' OR (status = 'active' AND stream_version > stream_position)
+                THEN process_at IS NULL
+              ELSE status = 'active' AND process_at IS NOT NULL AND reserved_until IS NULL
+            END;
+      INSERT INTO %(schema)s.checkpoints_ready (id, process_at)
+      SELECT id, process_at FROM %(schema)s.checkpoints
+      WHERE id = ANY (locked) AND process_at IS NOT NULL AND reserved_until IS NULL
+      ON CONFLICT (id) DO NOTHING;
+      INSERT INTO %(schema)s.checkpoints_reserved (id, reserved_until)
+      SELECT id, reserved_until FROM %(schema)s.checkpoints
+      WHERE id = ANY (locked) AND reserved_until IS NOT NULL
+      ON CONFLICT (id) DO NOTHING;
+      after_id = last_id;
+      attempts = 0;
+    EXCEPTION WHEN lock_not_available THEN
+      attempts = attempts + 1;
+      IF attempts >= 40 THEN
+        RAISE;
+      END IF;
+    END;
+    COMMIT;
+    IF attempts > 0 THEN
+      PERFORM pg_sleep(1);
+    END IF;
+  END LOOP;
+END $$
+"""
+
+PREPROCESSOR_0_22_0 = """
+CREATE OR REPLACE FUNCTION %(schema)s.checkpoint_preprocessor() RETURNS trigger
+LANGUAGE plpgsql AS $$
+BEGIN
+  IF TG_OP = 'UPDATE' THEN
+    NEW.updated_at = statement_timestamp();
+  END IF;
+  IF NEW.status = 'active' AND NEW.stream_version > NEW.stream_position
+     AND NEW.process_at IS NULL THEN
+    NEW.process_at = statement_timestamp();
+    IF NEW.reserved_until IS NULL THEN
+      PERFORM pg_notify(TG_TABLE_SCHEMA, subscription_groups.name)
+      FROM %(schema)s.subscriptions
+      JOIN %(schema)s.subscription_groups
+        ON subscription_groups.id = subscriptions.subscription_group_id
+      WHERE subscriptions.id = NEW.subscription_id;
+    END IF;
+  END IF;
+  RETURN NEW;
+END $$
+"""
+
+
+def execute(statement: str, **context: str) -> None:
+    """Run DDL with the schema's name quoted in it."""
+    op.execute(sa.DDL(statement, context={"schema": quoted_schema(), **context}))
+
+
+def quoted_schema() -> str:
+    """The schema that is migrated, as SQL."""
+    context = op.get_context()
+    return context.dialect.identifier_preparer.quote(context.version_table_schema)
+
+
+def lock(mode: str, *tables: str) -> None:
+    """Lock tables until the transaction ends, waiting in short turns."""
+    execute(LOCK, mode=mode, tables=", ".join(f"{quoted_schema()}.{table}" for table in tables))
+
+
+def create_hot_table(name: str, comment: str, time: sa.Column) -> None:
+    """A table of one time for each checkpoint that it holds, indexed by that time."""
+    schema = op.get_context().version_table_schema
+    op.create_table(
+        name,
+        sa.Column("id", sa.BigInteger, autoincrement=False, comment="The checkpoint"),
+        time,
+        sa.PrimaryKeyConstraint("id", name=f"pk_{name}"),
+        sa.ForeignKeyConstraint(
+            ["id"], [f"{schema}.checkpoints.id"], name=f"fk_{name}_id", ondelete="CASCADE"
+        ),
+        schema=schema,
+        comment=comment,
+        if_not_exists=True,
+    )
+    op.create_index(f"ix_{name}_{time.name}", name, [time.name], schema=schema, if_not_exists=True)
+
+
+def upgrade() -> None:
+    """Make the hot tables, fill them, and have triggers keep them."""
+    lock("SHARE ROW EXCLUSIVE", "subscriptions", "checkpoints")
+    create_hot_table(
+        "checkpoints_ready",
+        "Projection of checkpoints, kept by a trigger: what can be claimed",
+        sa.Column(
+            "process_at",
+            sa.DateTime(timezone=True),
+            nullable=False,
+            comment="Its process_at: from when it may be claimed",
+        ),
+    )
+    create_hot_table(
+        "checkpoints_reserved",
+        "Projection of checkpoints, kept by a trigger: what is claimed now",
+        sa.Column(
+            "reserved_until",
+            sa.DateTime(timezone=True),
+            nullable=False,
+            comment="Its reserved_until: when the reservation expires",
+        ),
+    )
+    for statement in (PREPROCESSOR, POSTPROCESSOR, SUBSCRIPTION_NOTIFIER, *TRIGGERS):
+        execute(statement)
+    with op.get_context().autocommit_block():
+        execute(BACKFILL)
+        execute("ANALYZE %(schema)s.checkpoints_ready, %(schema)s.checkpoints_reserved")
+
+
+def downgrade() -> None:
+    """Drop the hot tables; all they said stands in `checkpoints`."""
+    schema = op.get_context().version_table_schema
+    lock(
+        "ACCESS EXCLUSIVE",
+        "subscriptions",
+        "checkpoints",
+        "checkpoints_ready",
+        "checkpoints_reserved",
+    )
+    execute("DROP TRIGGER checkpoint_postprocessor ON %(schema)s.checkpoints")
+    execute("DROP TRIGGER subscription_notifier ON %(schema)s.subscriptions")
+    execute("DROP FUNCTION %(schema)s.checkpoint_postprocessor()")
+    execute("DROP FUNCTION %(schema)s.subscription_notifier()")
+    execute(PREPROCESSOR_0_22_0)
+    op.drop_table("checkpoints_reserved", schema=schema)
+    op.drop_table("checkpoints_ready", schema=schema)

@@ -1,0 +1,368 @@
+"""The verbs of the executing layer: each a statement, and what its rows become.
+
+One function serves the blocking and the asyncio class. Its docstring is that of their methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+from typing import Any, Generic, TypeVar
+
+from sqlalchemy import Row, Select
+
+from checkpoints import statements
+from checkpoints.errors import ReservationLost, UnknownSubscription
+from checkpoints.records import (
+    CheckpointDetail,
+    CheckpointPosition,
+    CheckpointRecord,
+    CheckpointStatus,
+    CheckpointViolation,
+    JSONValue,
+    ListedCheckpoint,
+    ListedReservation,
+    LockedCheckpoint,
+    RecordedCheckpoint,
+    ReplayMode,
+    Reservation,
+    Subscription,
+    SubscriptionMetrics,
+    SubscriptionStatus,
+)
+
+T = TypeVar("T")
+Rows = Sequence[Row[*tuple[Any, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[T]):
+    """A statement to execute, and what to make of its rows."""
+
+    statement: Select[*tuple[Any, ...]]
+    answer: Callable[[Rows], T]
+
+
+def _ids(rows: Rows) -> list[int]:
+    return [row[0] for row in rows]
+
+
+def _all(record: Callable[..., T]) -> Callable[[Rows], list[T]]:
+    return lambda rows: [record(*row) for row in rows]
+
+
+def _one(record: Callable[..., T]) -> Callable[[Rows], T]:
+    return lambda rows: record(*rows[0])
+
+
+def _one_or_none(record: Callable[..., T]) -> Callable[[Rows], T | None]:
+    return lambda rows: record(*rows[0]) if rows else None
+
+
+def _held(reservation: Reservation, answer: Callable[[Rows], T]) -> Callable[[Rows], T]:
+    """The answer of a statement that names a token: no row means that the token is gone."""
+
+    def held(rows: Rows) -> T:
+        if not rows:
+            raise ReservationLost(reservation.id, reservation.reserved_until)
+        return answer(rows)
+
+    return held
+
+
+def record_checkpoints(records: Iterable[CheckpointRecord]) -> Call[list[RecordedCheckpoint]]:
+    """Add checkpoints, or raise the version of those that exist; those that are new or rose.
+
+    See `checkpoints.record_checkpoints`.
+
+    Raises:
+        UnknownSubscription: a record names a subscription that does not exist; nothing was
+            recorded.
+    """
+    return Call(statements.record_checkpoints(records), _all(RecordedCheckpoint))
+
+
+def advance_lagging_subscription_checkpoints(
+    subscription_id: int, *, limit: int = 500
+) -> Call[int]:
+    """Move lagging checkpoints to their version, at most `limit`; how many were moved.
+
+    Call it, each time in a transaction of its own, until it answers 0. See
+    `checkpoints.advance_lagging_subscription_checkpoints`.
+    """
+    return Call(
+        statements.advance_lagging_subscription_checkpoints(subscription_id, limit=limit), len
+    )
+
+
+def reserve_next_available_checkpoint(
+    group_name: str,
+    reservation_timeout: timedelta,
+    *,
+    replay_mode: ReplayMode = ReplayMode.ALL,
+    limit: int = 1,
+) -> Call[list[Reservation]]:
+    """Reserve the checkpoints of a group that have been due longest, at most `limit`.
+
+    An empty list: nothing is due, or others hold it, or there is no such group. Commit at once.
+    See `checkpoints.reserve_next_available_checkpoint`.
+    """
+    return Call(
+        statements.reserve_next_available_checkpoint(
+            group_name, reservation_timeout, replay_mode=replay_mode, limit=limit
+        ),
+        _all(Reservation),
+    )
+
+
+def update_checkpoint_position(
+    reservation: Reservation, stream_position: int, *, process_at: datetime | None = None
+) -> Call[CheckpointPosition]:
+    """Move a checkpoint forward and end its reservation, in the transaction of the handler.
+
+    See `checkpoints.update_checkpoint_position`.
+
+    Raises:
+        ReservationLost: let it roll the transaction back.
+    """
+    return Call(
+        statements.update_checkpoint_position(
+            reservation.id, reservation.reserved_until, stream_position, process_at=process_at
+        ),
+        _held(reservation, _one(CheckpointPosition)),
+    )
+
+
+def record_checkpoint_error(
+    reservation: Reservation,
+    stream_position: int,
+    *,
+    status: CheckpointStatus,
+    retry_attempts: int,
+    error: JSONValue,
+    process_at: datetime | None = None,
+) -> Call[CheckpointStatus]:
+    """Note that an attempt failed and end the reservation; the status that the checkpoint has now.
+
+    In a transaction of its own, after the handler's was rolled back. See
+    `checkpoints.record_checkpoint_error`.
+
+    Raises:
+        ReservationLost: nothing was noted.
+    """
+
+    def new_status(rows: Rows) -> CheckpointStatus:
+        given: CheckpointStatus = rows[0][1]
+        return given
+
+    return Call(
+        statements.record_checkpoint_error(
+            reservation.id,
+            reservation.reserved_until,
+            stream_position,
+            status=status,
+            retry_attempts=retry_attempts,
+            error=error,
+            process_at=process_at,
+        ),
+        _held(reservation, new_status),
+    )
+
+
+def release_checkpoint_reservation(reservation: Reservation | int) -> Call[bool]:
+    """Give a checkpoint back without having processed it; whether a reservation was ended.
+
+    An operator gives the id of a checkpoint instead, and ends whatever reservation there is:
+    False: there was none. See `checkpoints.release_checkpoint_reservation`.
+
+    Raises:
+        ReservationLost: the reservation that was given is not held any more.
+    """
+    if isinstance(reservation, Reservation):
+        return Call(
+            statements.release_checkpoint_reservation(reservation.id, reservation.reserved_until),
+            _held(reservation, bool),
+        )
+    return Call(statements.release_checkpoint_reservation(reservation), bool)
+
+
+def extend_checkpoint_reservation(
+    reservation: Reservation, reservation_timeout: timedelta
+) -> Call[Reservation]:
+    """Keep a checkpoint for longer; the reservation to go on with, for the old token is gone.
+
+    See `checkpoints.extend_checkpoint_reservation`.
+
+    Raises:
+        ReservationLost: let it roll the transaction back.
+    """
+    return Call(
+        statements.extend_checkpoint_reservation(
+            reservation.id, reservation.reserved_until, reservation_timeout
+        ),
+        _held(reservation, lambda rows: replace(reservation, reserved_until=rows[0][1])),
+    )
+
+
+def recover_expired_checkpoint_reservations(
+    group_name: str, *, limit: int = 100
+) -> Call[list[int]]:
+    """End the reservations of a group that have expired, at most `limit`; the checkpoints' ids.
+
+    See `checkpoints.recover_expired_checkpoint_reservations`.
+    """
+    return Call(statements.recover_expired_checkpoint_reservations(group_name, limit=limit), _ids)
+
+
+def list_reservations(
+    *, search: str | None = None, offset: int = 0, limit: int = 25
+) -> Call[list[ListedReservation]]:
+    """A page of the checkpoints that are reserved now, the next to expire first.
+
+    See `checkpoints.list_reservations`.
+    """
+    return Call(
+        statements.list_reservations(search=search, offset=offset, limit=limit),
+        _all(ListedReservation),
+    )
+
+
+def list_lagging(
+    *, search: str | None = None, offset: int = 0, limit: int = 25
+) -> Call[list[ListedCheckpoint]]:
+    """A page of the active checkpoints with messages left, those due longest first.
+
+    See `checkpoints.list_lagging`.
+    """
+    return Call(
+        statements.list_lagging(search=search, offset=offset, limit=limit), _all(ListedCheckpoint)
+    )
+
+
+def list_retries(
+    *, search: str | None = None, offset: int = 0, limit: int = 25
+) -> Call[list[ListedCheckpoint]]:
+    """A page of the checkpoints that wait for another attempt, the next one first.
+
+    See `checkpoints.list_retries`.
+    """
+    return Call(
+        statements.list_retries(search=search, offset=offset, limit=limit), _all(ListedCheckpoint)
+    )
+
+
+def list_failed(
+    *, search: str | None = None, offset: int = 0, limit: int = 25
+) -> Call[list[ListedCheckpoint]]:
+    """A page of the checkpoints that were given up, the last to fail first.
+
+    See `checkpoints.list_failed`.
+    """
+    return Call(
+        statements.list_failed(search=search, offset=offset, limit=limit), _all(ListedCheckpoint)
+    )
+
+
+def get_checkpoint(id: int) -> Call[CheckpointDetail | None]:
+    """All of one checkpoint; None: there is no such checkpoint."""
+    return Call(statements.get_checkpoint(id), _one_or_none(CheckpointDetail))
+
+
+def get_metrics() -> Call[list[SubscriptionMetrics]]:
+    """What is at hand for each subscription, by group and name."""
+    return Call(statements.get_metrics(), _all(SubscriptionMetrics))
+
+
+def skip_checkpoints(ids: Iterable[int]) -> Call[list[int]]:
+    """Move checkpoints past the message they stand at; the ids of those that changed.
+
+    See `checkpoints.skip_checkpoints`.
+    """
+    return Call(statements.skip_checkpoints(ids), _ids)
+
+
+def schedule_checkpoints(ids: Iterable[int], process_at: datetime) -> Call[list[int]]:
+    """Have checkpoints processed at a time; the ids of those that were scheduled.
+
+    See `checkpoints.schedule_checkpoints`.
+    """
+    return Call(statements.schedule_checkpoints(ids, process_at), _ids)
+
+
+def get_subscription(group_name: str, name: str) -> Call[Subscription | None]:
+    """A subscription by its names; None: there is no such subscription."""
+    return Call(statements.get_subscription(group_name, name), _one_or_none(Subscription))
+
+
+def add_or_update_subscription(group_name: str, name: str) -> Call[Subscription]:
+    """Add a subscription, and its group, unless they are there; how it stands.
+
+    See `checkpoints.add_or_update_subscription`.
+    """
+    return Call(statements.add_or_update_subscription(group_name, name), _one(Subscription))
+
+
+def set_subscription_status(id: int, status: SubscriptionStatus) -> Call[None]:
+    """Set the status of a subscription. See `checkpoints.set_subscription_status`.
+
+    Raises:
+        UnknownSubscription: there is no such subscription.
+    """
+
+    def check(rows: Rows) -> None:
+        if not rows:
+            raise UnknownSubscription(id)
+
+    return Call(statements.set_subscription_status(id, status), check)
+
+
+def lock_checkpoint(subscription_id: int, stream_name: str) -> Call[LockedCheckpoint | None]:
+    """Lock a checkpoint until the transaction ends; None: there is no such checkpoint.
+
+    See `checkpoints.lock_checkpoint`.
+    """
+    return Call(
+        statements.lock_checkpoint(subscription_id, stream_name), _one_or_none(LockedCheckpoint)
+    )
+
+
+def ensure_checkpoint_exists(
+    subscription_id: int, stream_name: str, stream_version: int = 0, stream_position: int = 0
+) -> Call[CheckpointPosition]:
+    """Add a checkpoint unless it is there; how it stands.
+
+    See `checkpoints.ensure_checkpoint_exists`.
+
+    Raises:
+        UnknownSubscription: there is no such subscription.
+    """
+    return Call(
+        statements.ensure_checkpoint_exists(
+            subscription_id, stream_name, stream_version, stream_position
+        ),
+        _one(CheckpointPosition),
+    )
+
+
+def audit_checkpoints() -> Call[list[CheckpointViolation]]:
+    """Every violation of the rule between the main table and the hot tables; none: all is well.
+
+    See `checkpoints.audit_checkpoints`.
+    """
+    return Call(statements.audit_checkpoints(), _all(CheckpointViolation))
+
+
+def repair_checkpoints(*, limit: int = 1000) -> Call[list[CheckpointViolation]]:
+    """Mend checkpoints that break the rule, at most `limit`; what was mended.
+
+    Call it, each time in a transaction of its own, until it answers an empty list. See
+    `checkpoints.repair_checkpoints`.
+    """
+
+    def mended(rows: Rows) -> list[CheckpointViolation]:
+        return [
+            CheckpointViolation(id, violation) for id, all_of_it in rows for violation in all_of_it
+        ]
+
+    return Call(statements.repair_checkpoints(limit=limit), mended)

@@ -1,0 +1,54 @@
+"""The errors of the executing layer. Driver errors that are not listed here pass unwrapped."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+__all__ = ["CheckpointsError", "ReservationLost", "SchemaNotMigrated", "UnknownSubscription"]
+
+
+class CheckpointsError(Exception):
+    """The root of every error that this package raises, bad arguments aside."""
+
+
+class ReservationLost(CheckpointsError):
+    """The reservation is no longer held: it expired and was recovered, or an operator ended it.
+
+    Let it leave the transaction's block, so that what the handler wrote is rolled back: another
+    consumer has the checkpoint, or will have it.
+    """
+
+    def __init__(self, id: int, reserved_until: datetime) -> None:
+        super().__init__(
+            f"the reservation of checkpoint {id!r} until {reserved_until.isoformat()} is lost: "
+            "it expired and was recovered, or an operator ended it; roll back this transaction"
+        )
+        self.id = id
+        self.reserved_until = reserved_until
+
+
+class UnknownSubscription(CheckpointsError):
+    """There is no subscription with the id that was given; nothing was changed.
+
+    When it was a record of a checkpoint that named it, the transaction is aborted, as after every
+    database error: roll it back, or run the call in a savepoint. `subscription_id` is None if the
+    server does not say which it was.
+    """
+
+    def __init__(self, subscription_id: int | None) -> None:
+        which = "that was given" if subscription_id is None else repr(subscription_id)
+        super().__init__(
+            f"there is no subscription with id {which}: nothing was changed; "
+            "add it first with add_or_update_subscription()"
+        )
+        self.subscription_id = subscription_id
+
+
+class SchemaNotMigrated(CheckpointsError):
+    """The tables, types or functions of this package are missing in the schema that is used."""
+
+    def __init__(self, missing: str) -> None:
+        super().__init__(
+            f"the schema of checkpoints is missing or too old ({missing}): "
+            "run the migration, `alembic upgrade head`, for this database and schema"
+        )

@@ -1,0 +1,176 @@
+"""The executing layer: the statements as methods, with typed records in and out.
+
+It executes on the connection or session that it is given, in the caller's transaction, and never
+commits or rolls back.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Coroutine
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+from sqlalchemy import Connection
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import Session
+
+from checkpoints import _calls as calls
+from checkpoints._calls import Call
+from checkpoints.errors import SchemaNotMigrated, UnknownSubscription
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+
+__all__ = ["AsyncCheckpoints", "Checkpoints"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# The schema, a table, a column, a type or a function is not there.
+_MISSING = {"3F000", "42P01", "42703", "42704", "42883"}
+_FOREIGN_KEY = "fk_checkpoints_subscription_id"
+
+
+def _translated(error: DBAPIError) -> Exception:
+    """What the error means to the caller; itself, where this layer knows no better."""
+    diagnosis = getattr(error.orig, "diag", None)
+    if diagnosis is None:
+        return error
+    if diagnosis.sqlstate in _MISSING:
+        return SchemaNotMigrated(diagnosis.message_primary or diagnosis.sqlstate)
+    if diagnosis.sqlstate == "23503" and diagnosis.constraint_name == _FOREIGN_KEY:
+        # Whatever the server's language: Key (subscription_id)=(7) is not present in table …
+        named = re.search(r"=\((\d+)\)", diagnosis.message_detail or "")
+        return UnknownSubscription(int(named[1]) if named else None)
+    return error
+
+
+def _blocking(call: Callable[P, Call[T]]) -> Callable[Concatenate[Checkpoints, P], T]:
+    """A method that executes the call."""
+
+    @wraps(call)
+    def method(self: Checkpoints, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        called = call(*args, **kwargs)
+        try:
+            rows = self._connection.execute(called.statement).all()
+        except DBAPIError as error:
+            raise _translated(error) from error.orig
+        return called.answer(rows)
+
+    return _as_method(method)
+
+
+def _awaitable(
+    call: Callable[P, Call[T]],
+) -> Callable[Concatenate[AsyncCheckpoints, P], Coroutine[Any, Any, T]]:
+    """A coroutine method that executes the call."""
+
+    @wraps(call)
+    async def method(self: AsyncCheckpoints, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        called = call(*args, **kwargs)
+        try:
+            result = await self._connection.execute(called.statement)
+        except DBAPIError as error:
+            raise _translated(error) from error.orig
+        return called.answer(result.all())
+
+    return _as_method(method)
+
+
+_M = TypeVar("_M", bound=Callable[..., Any])
+
+
+def _as_method(method: _M) -> _M:
+    """Give it the signature for `help()`: `self`, the call's parameters, and what it answers."""
+    wrapped = inspect.signature(method)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    answer = str(wrapped.return_annotation).removeprefix("Call[").removesuffix("]")
+    method.__signature__ = wrapped.replace(  # type: ignore[attr-defined]
+        parameters=[own, *wrapped.parameters.values()], return_annotation=answer
+    )
+    method.__module__ = __name__
+    return method
+
+
+class Checkpoints:
+    """The statements on a `Connection` or a `Session`; see `AsyncCheckpoints` for asyncio.
+
+    It never commits. Errors: `ReservationLost`, `UnknownSubscription`, `SchemaNotMigrated`, bad
+    arguments as TypeError or ValueError; others of the driver pass unwrapped.
+    """
+
+    def __init__(self, connection: Connection | Session) -> None:
+        self._connection = connection
+
+    record_checkpoints = _blocking(calls.record_checkpoints)
+    advance_lagging_subscription_checkpoints = _blocking(
+        calls.advance_lagging_subscription_checkpoints
+    )
+
+    reserve_next_available_checkpoint = _blocking(calls.reserve_next_available_checkpoint)
+    update_checkpoint_position = _blocking(calls.update_checkpoint_position)
+    record_checkpoint_error = _blocking(calls.record_checkpoint_error)
+    release_checkpoint_reservation = _blocking(calls.release_checkpoint_reservation)
+    extend_checkpoint_reservation = _blocking(calls.extend_checkpoint_reservation)
+    recover_expired_checkpoint_reservations = _blocking(
+        calls.recover_expired_checkpoint_reservations
+    )
+
+    list_reservations = _blocking(calls.list_reservations)
+    list_lagging = _blocking(calls.list_lagging)
+    list_retries = _blocking(calls.list_retries)
+    list_failed = _blocking(calls.list_failed)
+    get_checkpoint = _blocking(calls.get_checkpoint)
+    get_metrics = _blocking(calls.get_metrics)
+    skip_checkpoints = _blocking(calls.skip_checkpoints)
+    schedule_checkpoints = _blocking(calls.schedule_checkpoints)
+
+    get_subscription = _blocking(calls.get_subscription)
+    add_or_update_subscription = _blocking(calls.add_or_update_subscription)
+    set_subscription_status = _blocking(calls.set_subscription_status)
+    lock_checkpoint = _blocking(calls.lock_checkpoint)
+    ensure_checkpoint_exists = _blocking(calls.ensure_checkpoint_exists)
+
+    audit_checkpoints = _blocking(calls.audit_checkpoints)
+    repair_checkpoints = _blocking(calls.repair_checkpoints)
+
+
+class AsyncCheckpoints:
+    """The statements on an `AsyncConnection` or an `AsyncSession`: `Checkpoints`, awaited."""
+
+    def __init__(self, connection: AsyncConnection | AsyncSession) -> None:
+        self._connection = connection
+
+    record_checkpoints = _awaitable(calls.record_checkpoints)
+    advance_lagging_subscription_checkpoints = _awaitable(
+        calls.advance_lagging_subscription_checkpoints
+    )
+
+    reserve_next_available_checkpoint = _awaitable(calls.reserve_next_available_checkpoint)
+    update_checkpoint_position = _awaitable(calls.update_checkpoint_position)
+    record_checkpoint_error = _awaitable(calls.record_checkpoint_error)
+    release_checkpoint_reservation = _awaitable(calls.release_checkpoint_reservation)
+    extend_checkpoint_reservation = _awaitable(calls.extend_checkpoint_reservation)
+    recover_expired_checkpoint_reservations = _awaitable(
+        calls.recover_expired_checkpoint_reservations
+    )
+
+    list_reservations = _awaitable(calls.list_reservations)
+    list_lagging = _awaitable(calls.list_lagging)
+    list_retries = _awaitable(calls.list_retries)
+    list_failed = _awaitable(calls.list_failed)
+    get_checkpoint = _awaitable(calls.get_checkpoint)
+    get_metrics = _awaitable(calls.get_metrics)
+    skip_checkpoints = _awaitable(calls.skip_checkpoints)
+    schedule_checkpoints = _awaitable(calls.schedule_checkpoints)
+
+    get_subscription = _awaitable(calls.get_subscription)
+    add_or_update_subscription = _awaitable(calls.add_or_update_subscription)
+    set_subscription_status = _awaitable(calls.set_subscription_status)
+    lock_checkpoint = _awaitable(calls.lock_checkpoint)
+    ensure_checkpoint_exists = _awaitable(calls.ensure_checkpoint_exists)
+
+    audit_checkpoints = _awaitable(calls.audit_checkpoints)
+    repair_checkpoints = _awaitable(calls.repair_checkpoints)

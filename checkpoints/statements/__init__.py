@@ -1,0 +1,60 @@
+"""The statements, by who runs them; each function returns one that is bound and can be composed."""
+
+from checkpoints.statements.consumer import (
+    extend_checkpoint_reservation,
+    record_checkpoint_error,
+    recover_expired_checkpoint_reservations,
+    release_checkpoint_reservation,
+    reserve_next_available_checkpoint,
+    update_checkpoint_position,
+)
+from checkpoints.statements.dashboard import (
+    TOTAL_LIMIT,
+    get_checkpoint,
+    get_metrics,
+    list_failed,
+    list_lagging,
+    list_reservations,
+    list_retries,
+    schedule_checkpoints,
+    skip_checkpoints,
+)
+from checkpoints.statements.integrity import audit_checkpoints, repair_checkpoints
+from checkpoints.statements.recorder import (
+    advance_lagging_subscription_checkpoints,
+    record_checkpoints,
+)
+from checkpoints.statements.subscriptions import (
+    add_or_update_subscription,
+    ensure_checkpoint_exists,
+    get_subscription,
+    lock_checkpoint,
+    set_subscription_status,
+)
+
+__all__ = [
+    "TOTAL_LIMIT",
+    "add_or_update_subscription",
+    "advance_lagging_subscription_checkpoints",
+    "audit_checkpoints",
+    "ensure_checkpoint_exists",
+    "extend_checkpoint_reservation",
+    "get_checkpoint",
+    "get_metrics",
+    "get_subscription",
+    "list_failed",
+    "list_lagging",
+    "list_reservations",
+    "list_retries",
+    "lock_checkpoint",
+    "record_checkpoint_error",
+    "record_checkpoints",
+    "recover_expired_checkpoint_reservations",
+    "release_checkpoint_reservation",
+    "repair_checkpoints",
+    "reserve_next_available_checkpoint",
+    "schedule_checkpoints",
+    "set_subscription_status",
+    "skip_checkpoints",
+    "update_checkpoint_position",
+]

@@ -1,0 +1,110 @@
+"""What the templates of all statements share.
+
+A template is built once, every parameter typed, and bound with `.params()`. The names of its
+parameters and CTEs begin with, or are, the statement's own word, so that different statements can
+stand in one.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    CTE,
+    BigInteger,
+    BindParameter,
+    ColumnElement,
+    DateTime,
+    Integer,
+    Select,
+    Text,
+    any_,
+    bindparam,
+    func,
+    literal_column,
+    null,
+    select,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB
+from sqlalchemy.sql.functions import FunctionElement
+
+from checkpoints.tables import checkpoint_status, checkpoints
+
+TIMESTAMP = DateTime(timezone=True)
+
+# Constants stand in the SQL text: the planner knows them, and nobody has to bind them.
+ZERO: ColumnElement[int] = literal_column("0", Integer())
+ACTIVE: ColumnElement[Any] = literal_column("'active'", checkpoint_status)
+RETRY: ColumnElement[Any] = literal_column("'retry'", checkpoint_status)
+FAILED: ColumnElement[Any] = literal_column("'failed'", checkpoint_status)
+
+
+def bigint(name: str) -> BindParameter[int]:
+    """An id, a position or a version."""
+    return bindparam(name, type_=BigInteger())
+
+
+def bigints(name: str) -> BindParameter[Any]:
+    """Many of them: one SQL text for one and for ten thousand."""
+    return bindparam(name, type_=ARRAY(BigInteger()))
+
+
+def integer(name: str) -> BindParameter[int]:
+    """A count."""
+    return bindparam(name, type_=Integer())
+
+
+def string(name: str) -> BindParameter[str]:
+    """A name."""
+    return bindparam(name, type_=Text())
+
+
+def strings(name: str) -> BindParameter[Any]:
+    """Many names."""
+    return bindparam(name, type_=ARRAY(Text()))
+
+
+def timestamp(name: str) -> BindParameter[datetime | None]:
+    """A point in time."""
+    return bindparam(name, type_=TIMESTAMP)
+
+
+def duration(name: str) -> BindParameter[Any]:
+    """A span of time."""
+    return bindparam(name, type_=INTERVAL())
+
+
+def json(name: str) -> BindParameter[Any]:
+    """A JSON value; None is JSON's null."""
+    return bindparam(name, type_=JSONB())
+
+
+def word(value: str) -> ColumnElement[str]:
+    """A fixed text of our own."""
+    return literal_column(f"'{value}'", Text())
+
+
+def statement_time() -> FunctionElement[datetime]:
+    """Now: not `now()`, which stands still from the start of the caller's transaction."""
+    return func.statement_timestamp(type_=TIMESTAMP)
+
+
+def materialized(rows: Select[*tuple[Any, ...]], name: str) -> CTE:
+    """A CTE that is run once, whatever the planner thinks of it."""
+    return rows.cte(name).prefix_with("MATERIALIZED")
+
+
+def is_one_of(rows: CTE) -> ColumnElement[bool]:
+    """Whether a checkpoint is in a CTE, by its id.
+
+    Through an array, computed once, because a plain IN lets a generic plan hash-join the whole
+    main table.
+    """
+    ids = func.array(select(rows.c.id).scalar_subquery(), type_=ARRAY(BigInteger()))
+    return checkpoints.c.id == any_(ids)
+
+
+def succeeded() -> dict[str, Any]:
+    """What clears a checkpoint's errors, for the values of an update."""
+    return {"status": ACTIVE, "retry_attempts": ZERO, "retries": null()}
