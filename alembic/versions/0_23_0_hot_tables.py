@@ -167,7 +167,9 @@ DECLARE
 BEGIN
   LOOP
     SELECT max(id) INTO last_id
-    FROM (SELECT id FROM %(schema)s.checkpoints WHERE id > after_id ORDER BY id LIMIT 5000) AS batch;
+    FROM (
+      SELECT id FROM %(schema)s.checkpoints WHERE id > after_id ORDER BY id LIMIT 5000
+    ) AS batch;
     EXIT WHEN last_id IS NULL;
     BEGIN
       SET LOCAL lock_timeout = '2s';

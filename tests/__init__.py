@@ -1,0 +1,1 @@
+"""The specification, run against a real PostgreSQL."""

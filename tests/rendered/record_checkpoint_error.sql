@@ -1,0 +1,4 @@
+WITH errored AS
+(UPDATE checkpoints.checkpoints SET stream_position=greatest(checkpoints.checkpoints.stream_position, %(error_stream_position)s::BIGINT), status=%(error_status)s, retry_attempts=%(error_retry_attempts)s::INTEGER, retries=(coalesce(checkpoints.checkpoints.retries, jsonb_build_array()) || jsonb_build_array(jsonb_build_object('attempt', %(error_retry_attempts)s::INTEGER, 'stream_position', greatest(checkpoints.checkpoints.stream_position, %(error_stream_position)s::BIGINT), 'recorded_at', statement_timestamp(), 'error', %(error_value)s::JSONB))), process_at=%(error_process_at)s::TIMESTAMP WITH TIME ZONE, reserved_until=NULL WHERE checkpoints.checkpoints.id = %(error_id)s::BIGINT AND checkpoints.checkpoints.reserved_until = %(error_reserved_until)s::TIMESTAMP WITH TIME ZONE RETURNING checkpoints.checkpoints.id, checkpoints.checkpoints.status)
+ SELECT errored.id, errored.status
+FROM errored

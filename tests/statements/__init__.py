@@ -1,0 +1,1 @@
+"""Each statement: the states before and after, its text, its plan."""

@@ -1,0 +1,68 @@
+"""The SQL text of every statement, in `tests/rendered/`: a difference is something to review."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from sqlalchemy.dialects.postgresql import psycopg
+
+import checkpoints
+from checkpoints import statements
+from tests.support.samples import SAMPLES
+
+RENDERED = Path(__file__).parents[1] / "rendered"
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_sql_is_as_reviewed(name: str, request: pytest.FixtureRequest) -> None:
+    compiled = SAMPLES[name].compile(dialect=psycopg.dialect())
+    text = "\n".join(line.rstrip() for line in f"{compiled}".splitlines()) + "\n"
+    golden = RENDERED / f"{name}.sql"
+    if request.config.getoption("--update-rendered"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
+def test_every_statement_has_a_sample() -> None:
+    names = {name for name in statements.__all__ if name.islower()}
+    assert names <= SAMPLES.keys()
+    assert names <= set(checkpoints.__all__)
+
+
+def test_no_rendering_is_left_of_a_statement_that_went() -> None:
+    assert {file.stem for file in RENDERED.glob("*.sql")} == SAMPLES.keys()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_statement_can_be_cached(name: str) -> None:
+    assert SAMPLES[name]._generate_cache_key() is not None
+
+
+def test_one_record_and_ten_thousand_have_one_sql_text() -> None:
+    one, many = (
+        checkpoints.record_checkpoints(
+            [checkpoints.CheckpointRecord(1, f"account-{n}", 1) for n in range(count)]
+        )
+        for count in (1, 10_000)
+    )
+    dialect = psycopg.dialect()
+    assert str(one.compile(dialect=dialect)) == str(many.compile(dialect=dialect))
+    key, other_key = one._generate_cache_key(), many._generate_cache_key()
+    assert key is not None
+    assert other_key is not None
+    assert key.key == other_key.key
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_id_comes_first_and_is_an_integer(name: str) -> None:
+    first = SAMPLES[name].selected_columns[0]
+    assert first.name == "id"
+    assert first.type.python_type is int
+
+
+def test_parameters_of_all_statements_differ_so_that_they_can_stand_in_one() -> None:
+    owner: dict[str, str] = {}
+    for name, sample in SAMPLES.items():
+        for parameter in sample.compile(dialect=psycopg.dialect()).params:
+            assert owner.setdefault(parameter, name) == name
