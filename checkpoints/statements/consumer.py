@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, Select, any_, func, null, select, update
+from sqlalchemy import CTE, Column, ColumnElement, Select, any_, func, null, select, true, update
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.sql.expression import bindparam
 
@@ -68,29 +68,13 @@ def reserve_next_available_checkpoint(
 
 @cache
 def _reserve() -> Select[int, int, str, str, int, int, int, CheckpointStatus, int | None, datetime]:
-    # The main row's times are asked again: when another transaction changed it meanwhile,
-    # PostgreSQL checks these conditions once more on what it became.
-    claimed = template.materialized(
-        select(checkpoints_ready.c.id)
-        .join(checkpoints, checkpoints.c.id == checkpoints_ready.c.id)
-        .join(subscriptions, subscriptions.c.id == checkpoints.c.subscription_id)
-        .join(
-            subscription_groups, subscription_groups.c.id == subscriptions.c.subscription_group_id
-        )
-        .where(
-            subscription_groups.c.name == template.string("reserve_group_name"),
-            subscriptions.c.status
-            == any_(bindparam("reserve_subscription_statuses", type_=ARRAY(subscription_status))),
-            checkpoints_ready.c.process_at <= template.statement_time(),
-            checkpoints.c.process_at <= template.statement_time(),
-            checkpoints.c.reserved_until.is_(None),
-        )
-        .order_by(checkpoints_ready.c.process_at)
-        .limit(template.integer("reserve_limit"))
-        # The ready row first: one that another consumer took is gone, and its main row stays
-        # unlocked. Never without OF: that would lock the group and the subscription.
-        .with_for_update(of=[checkpoints_ready, checkpoints], key_share=True, skip_locked=True),
-        "claimed",
+    claimed = _claimed(
+        "reserve",
+        checkpoints_ready.c.process_at,
+        checkpoints.c.process_at <= template.statement_time(),
+        checkpoints.c.reserved_until.is_(None),
+        subscriptions.c.status
+        == any_(bindparam("reserve_subscription_statuses", type_=ARRAY(subscription_status))),
     )
     reserved = (
         update(checkpoints)
@@ -124,6 +108,46 @@ def _reserve() -> Select[int, int, str, str, int, int, int, CheckpointStatus, in
         )
         .join(subscriptions, subscriptions.c.id == reserved.c.subscription_id)
         .order_by(reserved.c.process_at, reserved.c.id)
+    )
+
+
+def _claimed(prefix: str, due_at: Column[datetime], *conditions: ColumnElement[bool]) -> CTE:
+    """Lock checkpoints of a group that are due in a hot table, the oldest first, waiting for none.
+
+    The due rows come in order, and each is looked up and locked before the next: a join in one
+    step may be planned as one over all rows at hand, or sorted only after all of them are locked.
+    The hot row is locked first: one that another consumer took meanwhile is gone, and its main row
+    stays unlocked. `conditions` ask the main row again: when another transaction changed it
+    meanwhile, PostgreSQL checks them once more on what it became. Never without OF: that would
+    lock the group and the subscription, and hold up all other consumers.
+    """
+    hot = due_at.table
+    due = (
+        select(hot.c.id, due_at)
+        .where(due_at <= template.statement_time())
+        .order_by(due_at)
+        .subquery("due")
+    )
+    locked = (
+        select(checkpoints.c.id)
+        .join_from(hot, checkpoints, checkpoints.c.id == hot.c.id)
+        .join(subscriptions, subscriptions.c.id == checkpoints.c.subscription_id)
+        .join(
+            subscription_groups, subscription_groups.c.id == subscriptions.c.subscription_group_id
+        )
+        .where(
+            hot.c.id == due.c.id,
+            subscription_groups.c.name == template.string(f"{prefix}_group_name"),
+            *conditions,
+        )
+        .with_for_update(of=[hot, checkpoints], key_share=True, skip_locked=True)
+        .lateral("locked")
+    )
+    return template.materialized(
+        select(locked.c.id)
+        .select_from(due.join(locked, true()))
+        .limit(template.integer(f"{prefix}_limit")),
+        f"{prefix}_claimed",
     )
 
 
@@ -339,22 +363,10 @@ def recover_expired_checkpoint_reservations(group_name: str, *, limit: int = 100
 
 @cache
 def _recover() -> Select[int]:
-    expired = template.materialized(
-        select(checkpoints_reserved.c.id)
-        .join(checkpoints, checkpoints.c.id == checkpoints_reserved.c.id)
-        .join(subscriptions, subscriptions.c.id == checkpoints.c.subscription_id)
-        .join(
-            subscription_groups, subscription_groups.c.id == subscriptions.c.subscription_group_id
-        )
-        .where(
-            subscription_groups.c.name == template.string("recover_group_name"),
-            checkpoints_reserved.c.reserved_until <= template.statement_time(),
-            checkpoints.c.reserved_until <= template.statement_time(),
-        )
-        .order_by(checkpoints_reserved.c.reserved_until)
-        .limit(template.integer("recover_limit"))
-        .with_for_update(of=[checkpoints_reserved, checkpoints], key_share=True, skip_locked=True),
-        "expired",
+    expired = _claimed(
+        "recover",
+        checkpoints_reserved.c.reserved_until,
+        checkpoints.c.reserved_until <= template.statement_time(),
     )
     recovered = (
         update(checkpoints)

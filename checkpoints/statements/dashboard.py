@@ -339,7 +339,7 @@ def get_metrics() -> Select[
             func.count().filter(checkpoints.c.status == template.RETRY).label("retry"),
             func.count().filter(checkpoints.c.status == template.FAILED).label("failed"),
         )
-        .where(checkpoints.c.status.in_([CheckpointStatus.RETRY, CheckpointStatus.FAILED]))
+        .where(checkpoints.c.status.in_([template.RETRY, template.FAILED]))
         .group_by(checkpoints.c.subscription_id)
         .cte("troubled_counts")
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 from sqlalchemy import Connection, select, update
@@ -461,7 +462,7 @@ class TestRecover:
         self,
         connection: Connection,
         subscription: int,
-        columns: dict[str, object],
+        columns: dict[str, Any],
         ready: datetime | None,
     ) -> None:
         id = add_checkpoint(connection, subscription, reserved_until=LONG_AGO, **columns)

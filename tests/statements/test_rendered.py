@@ -5,18 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sqlalchemy.dialects.postgresql import psycopg
+from sqlalchemy import Dialect, make_url
 
 import checkpoints
 from checkpoints import statements
 from tests.support.samples import SAMPLES
 
+DIALECT: Dialect = make_url("postgresql+psycopg://").get_dialect()()
 RENDERED = Path(__file__).parents[1] / "rendered"
 
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_sql_is_as_reviewed(name: str, request: pytest.FixtureRequest) -> None:
-    compiled = SAMPLES[name].compile(dialect=psycopg.dialect())
+    compiled = SAMPLES[name].compile(dialect=DIALECT)
     text = "\n".join(line.rstrip() for line in f"{compiled}".splitlines()) + "\n"
     golden = RENDERED / f"{name}.sql"
     if request.config.getoption("--update-rendered"):
@@ -46,8 +47,7 @@ def test_one_record_and_ten_thousand_have_one_sql_text() -> None:
         )
         for count in (1, 10_000)
     )
-    dialect = psycopg.dialect()
-    assert str(one.compile(dialect=dialect)) == str(many.compile(dialect=dialect))
+    assert str(one.compile(dialect=DIALECT)) == str(many.compile(dialect=DIALECT))
     key, other_key = one._generate_cache_key(), many._generate_cache_key()
     assert key is not None
     assert other_key is not None
@@ -64,5 +64,5 @@ def test_the_id_comes_first_and_is_an_integer(name: str) -> None:
 def test_parameters_of_all_statements_differ_so_that_they_can_stand_in_one() -> None:
     owner: dict[str, str] = {}
     for name, sample in SAMPLES.items():
-        for parameter in sample.compile(dialect=psycopg.dialect()).params:
+        for parameter in sample.compile(dialect=DIALECT).params:
             assert owner.setdefault(parameter, name) == name

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import Connection, func, insert, select
+from sqlalchemy import Connection, DateTime, func, insert, select
 
 from checkpoints import (
     CheckpointStatus,
@@ -33,7 +33,7 @@ def add_subscription(
     status: SubscriptionStatus = SubscriptionStatus.ACTIVE,
 ) -> int:
     """Add a subscription with a status."""
-    id = connection.execute(add_or_update_subscription(group, name)).one().id
+    id = connection.execute(add_or_update_subscription(group, name)).one()[0]
     connection.execute(set_subscription_status(id, status))
     return id
 
@@ -112,4 +112,4 @@ def violations(connection: Connection) -> list[tuple[int, str]]:
 
 def database_time(connection: Connection) -> datetime:
     """The database's clock now."""
-    return connection.execute(select(func.clock_timestamp())).scalar_one()
+    return connection.execute(select(func.clock_timestamp(type_=DateTime(True)))).scalar_one()

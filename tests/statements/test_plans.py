@@ -1,0 +1,112 @@
+"""The plans of the hot statements, as the server makes them for a prepared statement.
+
+A generic plan is made without the values: a LIMIT or an array of unknown size must not lead to a
+scan of the main table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, Engine, create_engine, make_url
+
+from tests.support.databases import Databases, disposed
+from tests.support.factories import FAR_AHEAD, add_subscription
+from tests.support.samples import SAMPLES
+
+CHECKPOINTS = 200_000
+
+
+@pytest.fixture(scope="module")
+def filled(databases: Databases) -> Iterator[Engine]:
+    """So many that a scan is never the cheapest, with a few hundred at hand."""
+    url = databases.create_migrated()
+    with disposed(create_engine(url)) as engine:
+        with engine.begin() as connection:
+            subscription = add_subscription(connection)
+            connection.exec_driver_sql(
+                "INSERT INTO checkpoints.checkpoints"
+                " (subscription_id, stream_name, stream_version, stream_position, reserved_until)"
+                f" SELECT {subscription}, 'account-' || n, 1, CASE WHEN mod(n, 400) = 0 THEN 0 ELSE 1 END,"
+                f" CASE WHEN mod(n, 1000) = 1 THEN '{FAR_AHEAD}'::timestamptz END"
+                f" FROM generate_series(1, {CHECKPOINTS}) AS n"
+            )
+            connection.exec_driver_sql(
+                "UPDATE checkpoints.checkpoints SET status = 'failed' WHERE mod(id, 10000) = 2"
+            )
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("VACUUM ANALYZE")
+        yield engine
+    databases.drop(url)
+
+
+def generic_plan(connection: Connection, name: str) -> str:
+    """EXPLAIN of the statement as it is prepared on the server."""
+    compiled = SAMPLES[name].compile(dialect=make_url("postgresql+psycopg://").get_dialect()())
+    values: dict[str, Any] = dict(compiled.params)
+    numbered: list[str] = []
+
+    def number(match: re.Match[str]) -> str:
+        if match[1] not in numbered:
+            numbered.append(match[1])
+        return f"${numbered.index(match[1]) + 1}"
+
+    text = re.sub(r"%\((\w+)\)s", number, str(compiled)).replace("%%", "%")
+    nulls = ", ".join("NULL" for _ in numbered)
+    assert values.keys() == set(numbered)
+    connection.exec_driver_sql("SET plan_cache_mode = force_generic_plan")
+    connection.exec_driver_sql(f"PREPARE planned AS {text}")
+    arguments = f"({nulls})" if numbered else ""
+    rows = connection.exec_driver_sql(f"EXPLAIN EXECUTE planned{arguments}").scalars().all()
+    connection.exec_driver_sql("DEALLOCATE planned")
+    return "\n".join(rows)
+
+
+# Also what a hash join over the whole table would read.
+SCAN_OF_MAIN = "Seq Scan on checkpoints "
+
+ON_THE_HOT_PATH = [
+    "record_checkpoints",
+    "reserve_next_available_checkpoint",
+    "update_checkpoint_position",
+    "record_checkpoint_error",
+    "release_checkpoint_reservation",
+    "extend_checkpoint_reservation",
+    "recover_expired_checkpoint_reservations",
+    "skip_checkpoints",
+    "schedule_checkpoints",
+    "lock_checkpoint",
+    "ensure_checkpoint_exists",
+    "get_checkpoint",
+    "list_reservations",
+    "list_lagging",
+    "list_retries",
+    "list_failed",
+    "get_metrics",
+]
+
+
+@pytest.mark.parametrize("name", ON_THE_HOT_PATH)
+def test_never_scans_the_main_table(filled: Engine, name: str) -> None:
+    with filled.connect() as connection:
+        plan = generic_plan(connection, name)
+    assert SCAN_OF_MAIN not in plan, plan
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("reserve_next_available_checkpoint", "ix_checkpoints_ready_process_at"),
+        ("recover_expired_checkpoint_reservations", "ix_checkpoints_reserved_reserved_until"),
+    ],
+)
+def test_walks_the_hot_table_by_its_time(filled: Engine, name: str, index: str) -> None:
+    """Oldest first without a sort, so that it stops at the limit."""
+    with filled.connect() as connection:
+        plan = generic_plan(connection, name)
+    assert f"Index Scan using {index}" in plan, plan
+    claimed = plan[plan.index("LockRows") :].partition("CTE")[0]
+    assert "Sort" not in claimed, plan
