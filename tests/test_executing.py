@@ -1,0 +1,309 @@
+"""The executing layer: the same verbs, typed records, errors with a meaning, never a commit."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+from sqlalchemy import URL, Connection, Engine, create_engine
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
+
+from alembic import command
+from checkpoints import (
+    AsyncCheckpoints,
+    CheckpointPosition,
+    CheckpointRecord,
+    Checkpoints,
+    CheckpointStatus,
+    CheckpointViolation,
+    Reservation,
+    ReservationLost,
+    SchemaNotMigrated,
+    Subscription,
+    SubscriptionStatus,
+    UnknownSubscription,
+    _calls,
+    alembic_config,
+    records,
+    statements,
+)
+from tests.support.factories import (
+    GROUP,
+    LONG_AGO,
+    MINUTE,
+    add_checkpoint,
+    add_subscription,
+    state,
+)
+from tests.support.samples import SAMPLES, TOKEN
+
+VERBS = sorted(name for name in statements.__all__ if name.islower())
+LOST = Reservation(1, 1, "s", "a", 0, 3, 0, CheckpointStatus.ACTIVE, None, TOKEN)
+
+
+@pytest.fixture
+def subscription(connection: Connection) -> int:
+    return add_subscription(connection)
+
+
+@pytest.mark.parametrize("layer", [Checkpoints, AsyncCheckpoints])
+def test_has_every_verb_with_a_docstring_and_a_signature(layer: type) -> None:
+    methods = {name: method for name, method in vars(layer).items() if name[0] != "_"}
+    assert sorted(methods) == VERBS
+    for name, method in methods.items():
+        assert method.__doc__
+        own = list(inspect.signature(getattr(layer(None), name)).parameters)
+        assert own == list(inspect.signature(getattr(_calls, name)).parameters)
+
+
+@pytest.mark.parametrize(
+    ("statement", "record"),
+    [
+        ("record_checkpoints", records.RecordedCheckpoint),
+        ("reserve_next_available_checkpoint", records.Reservation),
+        ("update_checkpoint_position", records.CheckpointPosition),
+        ("ensure_checkpoint_exists", records.CheckpointPosition),
+        ("list_reservations", records.ListedReservation),
+        ("list_lagging", records.ListedCheckpoint),
+        ("list_retries", records.ListedCheckpoint),
+        ("list_failed", records.ListedCheckpoint),
+        ("get_checkpoint", records.CheckpointDetail),
+        ("get_metrics", records.SubscriptionMetrics),
+        ("get_subscription", records.Subscription),
+        ("add_or_update_subscription", records.Subscription),
+        ("lock_checkpoint", records.LockedCheckpoint),
+        ("audit_checkpoints", records.CheckpointViolation),
+    ],
+)
+def test_records_have_the_columns_of_their_statement(statement: str, record: type) -> None:
+    assert [field.name for field in fields(record)] == SAMPLES[statement].selected_columns.keys()
+
+
+def whole_life(checkpoints: Checkpoints) -> None:
+    """Every verb once, in an order that makes sense."""
+    subscription = checkpoints.add_or_update_subscription(GROUP, "balances")
+    assert subscription.status is SubscriptionStatus.UNINITIALIZED
+    checkpoints.set_subscription_status(subscription.id, SubscriptionStatus.ACTIVE)
+    found = checkpoints.get_subscription(GROUP, "balances")
+    assert found == replace(subscription, status=SubscriptionStatus.ACTIVE)
+    assert checkpoints.get_subscription(GROUP, "none") is None
+
+    ensured = checkpoints.ensure_checkpoint_exists(subscription.id, "$global")
+    assert ensured == CheckpointPosition(ensured.id, 0, 0)
+    locked = checkpoints.lock_checkpoint(subscription.id, "$global")
+    assert locked is not None
+    assert (locked.id, locked.status) == (ensured.id, CheckpointStatus.ACTIVE)
+    assert checkpoints.lock_checkpoint(subscription.id, "none") is None
+
+    recorded = checkpoints.record_checkpoints(
+        CheckpointRecord(subscription.id, name, 3) for name in ("account-1", "account-2")
+    )
+    assert [record.stream_name for record in recorded] == ["account-1", "account-2"]
+    reservations = checkpoints.reserve_next_available_checkpoint(GROUP, MINUTE, limit=9)
+    first, second = sorted(reservations, key=lambda reservation: reservation.stream_name)
+    assert [row.id for row in checkpoints.list_reservations()] == [first.id, second.id]
+
+    extended = checkpoints.extend_checkpoint_reservation(first, MINUTE * 2)
+    assert extended.reserved_until > first.reserved_until
+    assert replace(extended, reserved_until=first.reserved_until) == first
+    done = checkpoints.update_checkpoint_position(extended, 3)
+    assert done == CheckpointPosition(first.id, 3, 3)
+
+    status = checkpoints.record_checkpoint_error(
+        second,
+        1,
+        status=CheckpointStatus.RETRY,
+        retry_attempts=1,
+        error={"type": "KeyError"},
+        process_at=LONG_AGO,
+    )
+    assert status is CheckpointStatus.RETRY
+    (retry,) = checkpoints.list_retries()
+    assert (retry.id, retry.lag) == (second.id, 2)
+    (again,) = checkpoints.reserve_next_available_checkpoint(GROUP, MINUTE)
+    assert checkpoints.release_checkpoint_reservation(again) is True
+    (again,) = checkpoints.reserve_next_available_checkpoint(GROUP, MINUTE)
+    assert checkpoints.release_checkpoint_reservation(again.id) is True
+    assert checkpoints.release_checkpoint_reservation(again.id) is False
+
+    (again,) = checkpoints.reserve_next_available_checkpoint(GROUP, MINUTE)
+    status = checkpoints.record_checkpoint_error(
+        again, 1, status=CheckpointStatus.FAILED, retry_attempts=2, error="x"
+    )
+    assert status is CheckpointStatus.FAILED
+    assert [row.id for row in checkpoints.list_failed()] == [second.id]
+    assert checkpoints.schedule_checkpoints([second.id], LONG_AGO) == [second.id]
+    assert checkpoints.skip_checkpoints([second.id]) == [second.id]
+    assert [row.id for row in checkpoints.list_lagging()] == [second.id]
+    assert checkpoints.advance_lagging_subscription_checkpoints(subscription.id) == 1
+    detail = checkpoints.get_checkpoint(second.id)
+    assert detail is not None
+    assert (detail.stream_position, detail.status) == (3, CheckpointStatus.ACTIVE)
+    assert checkpoints.get_checkpoint(2**40) is None
+    assert checkpoints.recover_expired_checkpoint_reservations(GROUP) == []
+    (metrics,) = checkpoints.get_metrics()
+    assert (metrics.id, metrics.lag) == (subscription.id, 0)
+    assert checkpoints.audit_checkpoints() == []
+    assert checkpoints.repair_checkpoints() == []
+
+
+def test_every_verb_on_a_connection(connection: Connection) -> None:
+    whole_life(Checkpoints(connection))
+
+
+def test_every_verb_on_a_session(engine: Engine) -> None:
+    with Session(engine) as session:
+        whole_life(Checkpoints(session))
+
+
+class Awaited:
+    """A blocking face of `AsyncCheckpoints`, so that one story serves both."""
+
+    def __init__(self, checkpoints: AsyncCheckpoints, run: Callable[[Awaitable[Any]], Any]) -> None:
+        self._checkpoints = checkpoints
+        self._run = run
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._checkpoints, name)
+        return lambda *args, **kwargs: self._run(method(*args, **kwargs))
+
+
+def test_every_verb_with_asyncio(engine: Engine) -> None:
+    async_engine = create_async_engine(engine.url)
+    with asyncio.Runner() as runner:
+
+        async def awaiting(awaitable: Awaitable[Any]) -> Any:
+            return await awaitable
+
+        def run(awaitable: Awaitable[Any]) -> Any:
+            return runner.run(awaiting(awaitable))
+
+        connection = AsyncConnection(async_engine)
+        run(connection.start())
+        whole_life(Awaited(AsyncCheckpoints(connection), run))  # type: ignore[arg-type]
+        run(connection.rollback())
+        run(connection.close())
+        session = AsyncSession(async_engine)
+        whole_life(Awaited(AsyncCheckpoints(session), run))  # type: ignore[arg-type]
+        run(session.close())
+        run(async_engine.dispose())
+
+
+def test_never_commits(engine: Engine) -> None:
+    with engine.connect() as connection:
+        whole_life(Checkpoints(connection))
+        connection.rollback()
+        assert Checkpoints(connection).get_metrics() == []
+
+
+def test_repair_says_each_violation(connection: Connection, subscription: int) -> None:
+    id = add_checkpoint(connection, subscription)
+    connection.exec_driver_sql("DELETE FROM checkpoints.checkpoints_ready")
+    expected = [CheckpointViolation(id, "is missing in checkpoints_ready")]
+    assert Checkpoints(connection).audit_checkpoints() == expected
+    assert Checkpoints(connection).repair_checkpoints() == expected
+
+
+LOST_VERBS: dict[str, Callable[[Checkpoints], Any]] = {
+    "update": lambda c: c.update_checkpoint_position(LOST, 3),
+    "error": lambda c: c.record_checkpoint_error(
+        LOST, 0, status=CheckpointStatus.FAILED, retry_attempts=1, error="x"
+    ),
+    "release": lambda c: c.release_checkpoint_reservation(LOST),
+    "extend": lambda c: c.extend_checkpoint_reservation(LOST, MINUTE),
+}
+
+
+@pytest.mark.parametrize("verb", LOST_VERBS)
+def test_a_token_that_is_gone_is_an_error(connection: Connection, verb: str) -> None:
+    with pytest.raises(ReservationLost, match="the reservation of checkpoint 1 until") as raised:
+        LOST_VERBS[verb](Checkpoints(connection))
+    assert (raised.value.id, raised.value.reserved_until) == (LOST.id, LOST.reserved_until)
+
+
+def test_a_lost_reservation_rolls_back_what_the_handler_wrote(engine: Engine) -> None:
+    with engine.begin() as connection:
+        subscription = add_subscription(connection)
+        id = add_checkpoint(connection, subscription)
+        (held,) = Checkpoints(connection).reserve_next_available_checkpoint(GROUP, MINUTE)
+        Checkpoints(connection).release_checkpoint_reservation(id)
+
+    def zombie() -> None:
+        with engine.begin() as connection:
+            connection.exec_driver_sql("CREATE TABLE written_by_handler ()")
+            Checkpoints(connection).update_checkpoint_position(held, 3)
+
+    with pytest.raises(ReservationLost):
+        zombie()
+    with engine.connect() as connection:
+        assert not engine.dialect.has_table(connection, "written_by_handler")
+        assert state(connection, id).position == 0
+
+
+def test_an_unknown_subscription_is_named_and_nothing_is_recorded(
+    connection: Connection, subscription: int
+) -> None:
+    given = [CheckpointRecord(id, "account-1", 1) for id in (subscription, 987_654)]
+    with (
+        pytest.raises(UnknownSubscription, match="no subscription with id 987654") as raised,
+        connection.begin_nested(),
+    ):
+        Checkpoints(connection).record_checkpoints(given)
+    assert raised.value.subscription_id == 987_654
+    assert Checkpoints(connection).list_lagging() == []
+
+
+def test_an_unknown_subscription_is_named_wherever_one_is_given(connection: Connection) -> None:
+    with pytest.raises(UnknownSubscription, match="987654"), connection.begin_nested():
+        Checkpoints(connection).ensure_checkpoint_exists(987_654, "account-1")
+    with pytest.raises(UnknownSubscription, match="987654"):
+        Checkpoints(connection).set_subscription_status(987_654, SubscriptionStatus.ACTIVE)
+
+
+@pytest.mark.parametrize("verb", ["get_metrics", "audit_checkpoints"])
+def test_a_schema_that_is_not_migrated_says_so(database_url: URL, verb: str) -> None:
+    engine = create_engine(database_url)
+    with (
+        engine.connect() as connection,
+        pytest.raises(SchemaNotMigrated, match="run the migration"),
+    ):
+        getattr(Checkpoints(connection), verb)()
+    with engine.connect() as connection, pytest.raises(SchemaNotMigrated, match="alembic upgrade"):
+        Checkpoints(connection).reserve_next_available_checkpoint(GROUP, MINUTE)
+    engine.dispose()
+
+
+def test_a_schema_of_the_revision_before_says_so(database_url: URL) -> None:
+    command.upgrade(alembic_config(database_url), "0.22.0")
+    engine = create_engine(database_url)
+    with (
+        engine.connect() as connection,
+        pytest.raises(SchemaNotMigrated, match="checkpoints_ready"),
+    ):
+        Checkpoints(connection).reserve_next_available_checkpoint(GROUP, MINUTE)
+    engine.dispose()
+
+
+def test_other_errors_of_the_driver_pass_unwrapped(connection: Connection) -> None:
+    connection.exec_driver_sql("SET LOCAL statement_timeout = '1ms'")
+    connection.exec_driver_sql(
+        "CREATE FUNCTION pg_temp.slow() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN PERFORM pg_sleep(9); RETURN NEW; END $$"
+    )
+    connection.exec_driver_sql(
+        "CREATE TRIGGER slow BEFORE INSERT ON checkpoints.subscription_groups"
+        " FOR EACH ROW EXECUTE FUNCTION pg_temp.slow()"
+    )
+    with pytest.raises(OperationalError, match="statement timeout"):
+        Checkpoints(connection).add_or_update_subscription("new", "s")
+
+
+def test_a_subscription_is_a_record(connection: Connection) -> None:
+    made = Checkpoints(connection).add_or_update_subscription("new", "s")
+    assert isinstance(made, Subscription)
