@@ -116,9 +116,10 @@ OPTIONAL = {
     "reserve": ["limit", "replay_mode"],
     "update": ["process_at"],
     "recover": ["limit"],
-    **dict.fromkeys(
-        ["reservations", "lagging", "retries", "failed"], ["search", "offset", "limit"]
-    ),
+    "reservations": ["search", "offset", "limit"],
+    "lagging": ["search", "offset", "limit"],
+    "retries": ["search", "offset", "limit"],
+    "failed": ["search", "offset", "limit"],
 }
 
 CASES = [
