@@ -14,6 +14,7 @@ from typing import TypeVar
 
 _BIGINT_MAX = 2**63 - 1
 _INTEGER_MAX = 2**31 - 1
+_LONGEST = timedelta(days=36525)
 _E = TypeVar("_E", bound=Enum)
 
 
@@ -79,6 +80,13 @@ def name(name: str, value: str) -> str:
     return value
 
 
+def names(argument: str, values: Iterable[str]) -> list[str]:
+    """Names, each a text that is not empty."""
+    if isinstance(values, str | bytes):
+        raise TypeError(f"{argument} must be an iterable of strings, not {values!r}")
+    return [name(f"{argument}[{index}]", value) for index, value in enumerate(values)]
+
+
 def moment(name: str, value: datetime) -> datetime:
     """A point in time: an aware datetime."""
     if not isinstance(value, datetime):
@@ -88,13 +96,24 @@ def moment(name: str, value: datetime) -> datetime:
     return value
 
 
+def due(name: str, value: datetime | timedelta) -> tuple[datetime | None, timedelta | None]:
+    """A point in time, or how long from the statement's time: one of the two is not None."""
+    if isinstance(value, timedelta):
+        if not timedelta(0) <= value <= _LONGEST:
+            raise ValueError(f"{name} must be from zero to a hundred years, not {value!r}")
+        return None, value
+    if not isinstance(value, datetime):
+        raise TypeError(f"{name} must be an aware datetime or a timedelta, not {value!r}")
+    return moment(name, value), None
+
+
 def timeout(name: str, value: timedelta) -> timedelta:
     """A duration: a timedelta longer than zero."""
     if not isinstance(value, timedelta):
         raise TypeError(f"{name} must be a timedelta, not {value!r}")
     if value <= timedelta(0):
         raise ValueError(f"{name} must be longer than zero, not {value!r}")
-    if value > timedelta(days=36525):
+    if value > _LONGEST:
         raise ValueError(f"{name} must be at most a hundred years, not {value!r}")
     return value
 

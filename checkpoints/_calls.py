@@ -20,6 +20,7 @@ from checkpoints.records import (
     CheckpointRecord,
     CheckpointStatus,
     CheckpointViolation,
+    ExpiredReservation,
     JSONValue,
     ListedCheckpoint,
     ListedReservation,
@@ -101,6 +102,7 @@ def reserve_next_available_checkpoint(
     reservation_timeout: timedelta,
     *,
     replay_mode: ReplayMode = ReplayMode.ALL,
+    subscription_names: Iterable[str] | None = None,
     limit: int = 1,
 ) -> Call[list[Reservation]]:
     """Reserve the checkpoints of a group that have been due longest, at most `limit`.
@@ -110,14 +112,21 @@ def reserve_next_available_checkpoint(
     """
     return Call(
         statements.reserve_next_available_checkpoint(
-            group_name, reservation_timeout, replay_mode=replay_mode, limit=limit
+            group_name,
+            reservation_timeout,
+            replay_mode=replay_mode,
+            subscription_names=subscription_names,
+            limit=limit,
         ),
         _all(Reservation),
     )
 
 
 def update_checkpoint_position(
-    reservation: Reservation, stream_position: int, *, process_at: datetime | None = None
+    reservation: Reservation,
+    stream_position: int,
+    *,
+    process_at: datetime | timedelta | None = None,
 ) -> Call[CheckpointPosition]:
     """Move a checkpoint forward and end its reservation, in the transaction of the handler.
 
@@ -141,7 +150,7 @@ def record_checkpoint_error(
     status: CheckpointStatus,
     retry_attempts: int,
     error: JSONValue,
-    process_at: datetime | None = None,
+    process_at: datetime | timedelta | None = None,
 ) -> Call[CheckpointStatus]:
     """Note that an attempt failed and end the reservation; the status that the checkpoint has now.
 
@@ -202,6 +211,47 @@ def extend_checkpoint_reservation(
             reservation.id, reservation.reserved_until, reservation_timeout
         ),
         _held(reservation, lambda rows: replace(reservation, reserved_until=rows[0][1])),
+    )
+
+
+def get_next_process_at(
+    group_name: str,
+    *,
+    replay_mode: ReplayMode = ReplayMode.ALL,
+    subscription_names: Iterable[str] | None = None,
+) -> Call[timedelta | None]:
+    """How long until the next checkpoint of a group is due; None: nothing is ready.
+
+    Negative: it is due, and others hold it. See `checkpoints.get_next_process_at`.
+    """
+
+    def due_in(rows: Rows) -> timedelta | None:
+        return rows[0][2] if rows else None
+
+    return Call(
+        statements.get_next_process_at(
+            group_name, replay_mode=replay_mode, subscription_names=subscription_names
+        ),
+        due_in,
+    )
+
+
+def record_expired_checkpoint_reservations(
+    group_name: str,
+    *,
+    max_attempts: int,
+    process_at: timedelta = timedelta(seconds=1),
+    limit: int = 100,
+) -> Call[list[ExpiredReservation]]:
+    """Recover reservations that expired, and count each as an attempt that failed.
+
+    See `checkpoints.record_expired_checkpoint_reservations`.
+    """
+    return Call(
+        statements.record_expired_checkpoint_reservations(
+            group_name, max_attempts=max_attempts, process_at=process_at, limit=limit
+        ),
+        _all(ExpiredReservation),
     )
 
 
@@ -282,7 +332,7 @@ def skip_checkpoints(ids: Iterable[int]) -> Call[list[int]]:
     return Call(statements.skip_checkpoints(ids), _ids)
 
 
-def schedule_checkpoints(ids: Iterable[int], process_at: datetime) -> Call[list[int]]:
+def schedule_checkpoints(ids: Iterable[int], process_at: datetime | timedelta) -> Call[list[int]]:
     """Have checkpoints processed at a time; the ids of those that were scheduled.
 
     See `checkpoints.schedule_checkpoints`.

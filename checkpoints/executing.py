@@ -110,6 +110,7 @@ class Checkpoints:
     )
 
     reserve_next_available_checkpoint = _blocking(calls.reserve_next_available_checkpoint)
+    get_next_process_at = _blocking(calls.get_next_process_at)
     update_checkpoint_position = _blocking(calls.update_checkpoint_position)
     record_checkpoint_error = _blocking(calls.record_checkpoint_error)
     release_checkpoint_reservation = _blocking(calls.release_checkpoint_reservation)
@@ -117,6 +118,7 @@ class Checkpoints:
     recover_expired_checkpoint_reservations = _blocking(
         calls.recover_expired_checkpoint_reservations
     )
+    record_expired_checkpoint_reservations = _blocking(calls.record_expired_checkpoint_reservations)
 
     list_reservations = _blocking(calls.list_reservations)
     list_lagging = _blocking(calls.list_lagging)
@@ -149,12 +151,16 @@ class AsyncCheckpoints:
     )
 
     reserve_next_available_checkpoint = _awaitable(calls.reserve_next_available_checkpoint)
+    get_next_process_at = _awaitable(calls.get_next_process_at)
     update_checkpoint_position = _awaitable(calls.update_checkpoint_position)
     record_checkpoint_error = _awaitable(calls.record_checkpoint_error)
     release_checkpoint_reservation = _awaitable(calls.release_checkpoint_reservation)
     extend_checkpoint_reservation = _awaitable(calls.extend_checkpoint_reservation)
     recover_expired_checkpoint_reservations = _awaitable(
         calls.recover_expired_checkpoint_reservations
+    )
+    record_expired_checkpoint_reservations = _awaitable(
+        calls.record_expired_checkpoint_reservations
     )
 
     list_reservations = _awaitable(calls.list_reservations)

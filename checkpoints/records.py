@@ -15,6 +15,7 @@ __all__ = [
     "CheckpointRecord",
     "CheckpointStatus",
     "CheckpointViolation",
+    "ExpiredReservation",
     "JSONValue",
     "ListedCheckpoint",
     "ListedReservation",
@@ -127,6 +128,15 @@ class CheckpointPosition:
     id: int
     stream_version: int
     stream_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExpiredReservation:
+    """A checkpoint whose reservation expired and was counted as an attempt."""
+
+    id: int
+    status: CheckpointStatus
+    retry_attempts: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,11 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         checkpoints.extend_checkpoint_reservation,
         {"id": 1, "reserved_until": TOKEN, "reservation_timeout": TIMEOUT},
     ),
+    "expire": (
+        checkpoints.record_expired_checkpoint_reservations,
+        {"group_name": "g", "max_attempts": 5, "limit": 1},
+    ),
+    "next": (checkpoints.get_next_process_at, {"group_name": "g"}),
     "recover": (checkpoints.recover_expired_checkpoint_reservations, {"group_name": "g"}),
     "reservations": (checkpoints.list_reservations, {}),
     "lagging": (checkpoints.list_lagging, {}),
@@ -97,9 +102,11 @@ BAD_VALUES: dict[str, list[tuple[Any, type[Exception]]]] = {
     "name": NAMES,
     "stream_name": NAMES,
     "reserved_until": MOMENTS,
-    "process_at": MOMENTS,
+    "process_at": [*MOMENTS, (timedelta(seconds=-1), ValueError), (timedelta.max, ValueError)],
+    "subscription_names": [(["a", ""], ValueError), ("balances", TypeError), ([1], TypeError)],
     "reservation_timeout": TIMEOUTS,
     "limit": LIMITS,
+    "max_attempts": LIMITS,
     "offset": [(-1, ValueError), ("0", TypeError)],
     "search": [("a\x00b", ValueError), (1, TypeError)],
     "status": [("done", ValueError), (None, ValueError)],
@@ -113,7 +120,7 @@ BAD_VALUES: dict[str, list[tuple[Any, type[Exception]]]] = {
 # What a sample call leaves to its default.
 OPTIONAL = {
     "record": ["stream_position"],
-    "reserve": ["limit", "replay_mode"],
+    "reserve": ["limit", "replay_mode", "subscription_names"],
     "update": ["process_at"],
     "recover": ["limit"],
     "reservations": ["search", "offset", "limit"],
@@ -144,7 +151,8 @@ def test_bad_value_is_refused_by_name(
     with pytest.raises(error) as raised:
         function(**{**arguments, name: value})
     assert name in str(raised.value)
-    assert repr(value) in str(raised.value)
+    shown = value[-1] if isinstance(value, list) else value
+    assert repr(shown) in str(raised.value)
 
 
 @pytest.mark.parametrize("call", ["skip", "schedule"])

@@ -67,6 +67,7 @@ def test_has_every_verb_with_a_docstring_and_a_signature(layer: type) -> None:
     [
         ("record_checkpoints", records.RecordedCheckpoint),
         ("reserve_next_available_checkpoint", records.Reservation),
+        ("record_expired_checkpoint_reservations", records.ExpiredReservation),
         ("update_checkpoint_position", records.CheckpointPosition),
         ("ensure_checkpoint_exists", records.CheckpointPosition),
         ("list_reservations", records.ListedReservation),
@@ -85,7 +86,7 @@ def test_records_have_the_columns_of_their_statement(statement: str, record: typ
     assert [field.name for field in fields(record)] == SAMPLES[statement].selected_columns.keys()
 
 
-def whole_life(checkpoints: Checkpoints) -> None:
+def whole_life(checkpoints: Checkpoints) -> None:  # noqa: PLR0915  # one story
     """Every verb once, in an order that makes sense."""
     subscription = checkpoints.add_or_update_subscription(GROUP, "balances")
     assert subscription.status is SubscriptionStatus.UNINITIALIZED
@@ -147,6 +148,8 @@ def whole_life(checkpoints: Checkpoints) -> None:
     assert (detail.stream_position, detail.status) == (3, CheckpointStatus.ACTIVE)
     assert checkpoints.get_checkpoint(2**40) is None
     assert checkpoints.recover_expired_checkpoint_reservations(GROUP) == []
+    assert checkpoints.record_expired_checkpoint_reservations(GROUP, max_attempts=5) == []
+    assert checkpoints.get_next_process_at(GROUP) is None
     (metrics,) = checkpoints.get_metrics()
     assert (metrics.id, metrics.lag) == (subscription.id, 0)
     assert checkpoints.audit_checkpoints() == []

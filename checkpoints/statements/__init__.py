@@ -2,8 +2,8 @@
 
 from checkpoints.statements.consumer import (
     extend_checkpoint_reservation,
+    get_next_process_at,
     record_checkpoint_error,
-    recover_expired_checkpoint_reservations,
     release_checkpoint_reservation,
     reserve_next_available_checkpoint,
     update_checkpoint_position,
@@ -24,6 +24,10 @@ from checkpoints.statements.recorder import (
     advance_lagging_subscription_checkpoints,
     record_checkpoints,
 )
+from checkpoints.statements.recovery import (
+    record_expired_checkpoint_reservations,
+    recover_expired_checkpoint_reservations,
+)
 from checkpoints.statements.subscriptions import (
     add_or_update_subscription,
     ensure_checkpoint_exists,
@@ -41,6 +45,7 @@ __all__ = [
     "extend_checkpoint_reservation",
     "get_checkpoint",
     "get_metrics",
+    "get_next_process_at",
     "get_subscription",
     "list_failed",
     "list_lagging",
@@ -49,6 +54,7 @@ __all__ = [
     "lock_checkpoint",
     "record_checkpoint_error",
     "record_checkpoints",
+    "record_expired_checkpoint_reservations",
     "recover_expired_checkpoint_reservations",
     "release_checkpoint_reservation",
     "repair_checkpoints",

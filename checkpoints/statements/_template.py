@@ -7,7 +7,7 @@ stand in one.
 
 from __future__ import annotations
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy import (
@@ -29,6 +29,7 @@ from sqlalchemy import (
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB
 from sqlalchemy.sql.functions import FunctionElement
 
+from checkpoints import _arguments as arguments
 from checkpoints.tables import checkpoint_status, checkpoints
 
 TIMESTAMP = DateTime(timezone=True)
@@ -90,6 +91,19 @@ def statement_time() -> FunctionElement[datetime]:
     return func.statement_timestamp(type_=TIMESTAMP)
 
 
+def due_at(prefix: str) -> ColumnElement[datetime | None]:
+    """A point in time that is given as such, or as how long from now; null: neither is given."""
+    return func.coalesce(
+        timestamp(f"{prefix}_process_at"), statement_time() + duration(f"{prefix}_process_in")
+    )
+
+
+def due_values(prefix: str, process_at: datetime | timedelta | None) -> dict[str, Any]:
+    """The values of the parameters of `due_at`."""
+    moment, delay = (None, None) if process_at is None else arguments.due("process_at", process_at)
+    return {f"{prefix}_process_at": moment, f"{prefix}_process_in": delay}
+
+
 def materialized(rows: Select[*tuple[Any, ...]], name: str) -> CTE:
     """A CTE that is run once, whatever the planner thinks of it."""
     return rows.cte(name).prefix_with("MATERIALIZED")
@@ -103,6 +117,25 @@ def is_one_of(rows: CTE) -> ColumnElement[bool]:
     """
     ids = func.array(select(rows.c.id).scalar_subquery(), type_=ARRAY(BigInteger()))
     return checkpoints.c.id == any_(ids)
+
+
+def appended(
+    attempt: ColumnElement[int], position: ColumnElement[int], error: ColumnElement[Any]
+) -> ColumnElement[Any]:
+    """The errors of a checkpoint and one more, with its attempt, position and time."""
+    entry = func.jsonb_build_object(
+        word("attempt"),
+        attempt,
+        word("stream_position"),
+        position,
+        word("recorded_at"),
+        statement_time(),
+        word("error"),
+        error,
+        type_=JSONB,
+    )
+    before = func.coalesce(checkpoints.c.retries, func.jsonb_build_array(type_=JSONB))
+    return before.op("||")(func.jsonb_build_array(entry, type_=JSONB))
 
 
 def succeeded() -> dict[str, Any]:

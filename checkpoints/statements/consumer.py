@@ -7,22 +7,35 @@ lost, and the transaction must be rolled back.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import datetime, timedelta
 from functools import cache
 from typing import Any
 
-from sqlalchemy import CTE, Column, ColumnElement, Select, any_, func, null, select, true, update
-from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+from sqlalchemy import (
+    ColumnElement,
+    Integer,
+    Select,
+    any_,
+    func,
+    literal_column,
+    null,
+    or_,
+    select,
+    type_coerce,
+    update,
+)
+from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 from sqlalchemy.sql.expression import bindparam
 
 from checkpoints import _arguments as arguments
 from checkpoints.records import CheckpointStatus, JSONValue, ReplayMode
 from checkpoints.statements import _template as template
+from checkpoints.statements._claiming import claim
 from checkpoints.tables import (
     checkpoint_status,
     checkpoints,
     checkpoints_ready,
-    checkpoints_reserved,
     subscription_groups,
     subscription_status,
     subscriptions,
@@ -30,8 +43,8 @@ from checkpoints.tables import (
 
 __all__ = [
     "extend_checkpoint_reservation",
+    "get_next_process_at",
     "record_checkpoint_error",
-    "recover_expired_checkpoint_reservations",
     "release_checkpoint_reservation",
     "reserve_next_available_checkpoint",
     "update_checkpoint_position",
@@ -43,13 +56,15 @@ def reserve_next_available_checkpoint(
     reservation_timeout: timedelta,
     *,
     replay_mode: ReplayMode = ReplayMode.ALL,
+    subscription_names: Iterable[str] | None = None,
     limit: int = 1,
 ) -> Select[int, int, str, str, int, int, int, CheckpointStatus, int | None, datetime]:
     """Reserve the checkpoints of a group that have been due longest, at most `limit`.
 
     A checkpoint is claimed when it is ready, its `process_at` has come, and its subscription is
-    active or replays, as `replay_mode` says. The reservation lasts `reservation_timeout` from now.
-    Commit at once, and process in other transactions.
+    active or replays, as `replay_mode` says, and is one of `subscription_names` (None: any). The
+    reservation lasts `reservation_timeout` from now. Commit at once, and process in other
+    transactions.
 
     Rows, those due longest first: id, subscription_id, subscription_name, stream_name,
     stream_position, stream_version, retry_attempts, status, replay_target_position (None: no
@@ -62,19 +77,35 @@ def reserve_next_available_checkpoint(
         reserve_subscription_statuses=arguments.member(
             "replay_mode", replay_mode, ReplayMode
         ).subscription_statuses,
+        reserve_subscription_names=_names(subscription_names),
         reserve_limit=arguments.limit("limit", limit),
+    )
+
+
+def _names(subscription_names: Iterable[str] | None) -> list[str] | None:
+    if subscription_names is None:
+        return None
+    return arguments.names("subscription_names", subscription_names)
+
+
+def _is_served(prefix: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    """That a subscription has one of the statuses and, where names are given, one of those."""
+    names = template.strings(f"{prefix}_subscription_names")
+    statuses = bindparam(f"{prefix}_subscription_statuses", type_=ARRAY(subscription_status))
+    return (
+        subscriptions.c.status == any_(statuses),
+        or_(names.is_(None), subscriptions.c.name == any_(names)),
     )
 
 
 @cache
 def _reserve() -> Select[int, int, str, str, int, int, int, CheckpointStatus, int | None, datetime]:
-    claimed = _claimed(
+    claimed = claim(
         "reserve",
         checkpoints_ready.c.process_at,
         checkpoints.c.process_at <= template.statement_time(),
         checkpoints.c.reserved_until.is_(None),
-        subscriptions.c.status
-        == any_(bindparam("reserve_subscription_statuses", type_=ARRAY(subscription_status))),
+        *_is_served("reserve"),
     )
     reserved = (
         update(checkpoints)
@@ -111,43 +142,48 @@ def _reserve() -> Select[int, int, str, str, int, int, int, CheckpointStatus, in
     )
 
 
-def _claimed(prefix: str, due_at: Column[datetime], *conditions: ColumnElement[bool]) -> CTE:
-    """Lock checkpoints of a group that are due in a hot table, the oldest first, waiting for none.
+def get_next_process_at(
+    group_name: str,
+    *,
+    replay_mode: ReplayMode = ReplayMode.ALL,
+    subscription_names: Iterable[str] | None = None,
+) -> Select[int, datetime, timedelta]:
+    """When the next checkpoint that `reserve_next_available_checkpoint` would take is due.
 
-    The due rows come in order, and each is looked up and locked before the next: a join in one
-    step may be planned as one over all rows at hand, or sorted only after all of them are locked.
-    The hot row is locked first: one that another consumer took meanwhile is gone, and its main row
-    stays unlocked. `conditions` ask the main row again: when another transaction changed it
-    meanwhile, PostgreSQL checks them once more on what it became. Never without OF: that would
-    lock the group and the subscription, and hold up all other consumers.
+    For a consumer that found nothing, to sleep no longer than that. Locks nothing.
+
+    Rows: id, process_at, due_in (from now, by the database's clock; negative: it is due, and
+    others hold it). None: nothing is ready.
     """
-    hot = due_at.table
-    due = (
-        select(hot.c.id, due_at)
-        .where(due_at <= template.statement_time())
-        .order_by(due_at)
-        .subquery("due")
+    return _next_process_at().params(
+        next_group_name=arguments.name("group_name", group_name),
+        next_subscription_statuses=arguments.member(
+            "replay_mode", replay_mode, ReplayMode
+        ).subscription_statuses,
+        next_subscription_names=_names(subscription_names),
     )
-    locked = (
-        select(checkpoints.c.id)
-        .join_from(hot, checkpoints, checkpoints.c.id == hot.c.id)
+
+
+@cache
+def _next_process_at() -> Select[int, datetime, timedelta]:
+    return (
+        select(
+            checkpoints_ready.c.id,
+            checkpoints_ready.c.process_at,
+            type_coerce(
+                checkpoints_ready.c.process_at - template.statement_time(), INTERVAL()
+            ).label("due_in"),
+        )
+        .join(checkpoints, checkpoints.c.id == checkpoints_ready.c.id)
         .join(subscriptions, subscriptions.c.id == checkpoints.c.subscription_id)
         .join(
             subscription_groups, subscription_groups.c.id == subscriptions.c.subscription_group_id
         )
         .where(
-            hot.c.id == due.c.id,
-            subscription_groups.c.name == template.string(f"{prefix}_group_name"),
-            *conditions,
+            subscription_groups.c.name == template.string("next_group_name"), *_is_served("next")
         )
-        .with_for_update(of=[hot, checkpoints], key_share=True, skip_locked=True)
-        .lateral("locked")
-    )
-    return template.materialized(
-        select(locked.c.id)
-        .select_from(due.join(locked, true()))
-        .limit(template.integer(f"{prefix}_limit")),
-        f"{prefix}_claimed",
+        .order_by(checkpoints_ready.c.process_at)
+        .limit(literal_column("1", Integer()))
     )
 
 
@@ -167,20 +203,24 @@ def _held(prefix: str, id: int, reserved_until: datetime) -> dict[str, Any]:
 
 
 def update_checkpoint_position(
-    id: int, reserved_until: datetime, stream_position: int, *, process_at: datetime | None = None
+    id: int,
+    reserved_until: datetime,
+    stream_position: int,
+    *,
+    process_at: datetime | timedelta | None = None,
 ) -> Select[int, int, int]:
     """Move a checkpoint forward and end its reservation: the work is done.
 
     The position never moves backwards. Status active, attempts and errors cleared. A checkpoint
-    that still lags is ready again, at `process_at` (None: now). Run it in the transaction of the
-    handler's own writes.
+    that still lags is ready again, at `process_at` (a timedelta: so long from now; None: now). Run
+    it in the transaction of the handler's own writes.
 
     Rows: id, stream_version, stream_position. None: the reservation is lost. Locks the checkpoint.
     """
     return _update().params(
         **_held("update", id, reserved_until),
         update_stream_position=arguments.position("stream_position", stream_position),
-        update_process_at=process_at and arguments.moment("process_at", process_at),
+        **template.due_values("update", process_at),
     )
 
 
@@ -194,7 +234,7 @@ def _update() -> Select[int, int, int]:
                 checkpoints.c.stream_position, template.bigint("update_stream_position")
             ),
             **template.succeeded(),
-            process_at=template.timestamp("update_process_at"),
+            process_at=template.due_at("update"),
             reserved_until=null(),
         )
         .returning(checkpoints.c.id, checkpoints.c.stream_version, checkpoints.c.stream_position)
@@ -211,11 +251,12 @@ def record_checkpoint_error(
     status: CheckpointStatus,
     retry_attempts: int,
     error: JSONValue,
-    process_at: datetime | None = None,
+    process_at: datetime | timedelta | None = None,
 ) -> Select[int, CheckpointStatus]:
     """Note that an attempt failed and end the reservation.
 
-    `status` retry: another attempt at `process_at`, which must be given. `failed`: none until an
+    `status` retry: another attempt at `process_at`, which must be given (a timedelta: so long from
+    now, by the database's clock). `failed`: none until an
     operator schedules it, and `process_at` must be None. `stream_position` is how far the attempt
     got before the error; the position never moves backwards. `retry_attempts` is the number of
     attempts that failed so far. `error`, any JSON value, is appended to `retries` with the attempt,
@@ -228,7 +269,9 @@ def record_checkpoint_error(
     if status is CheckpointStatus.ACTIVE:
         raise ValueError(f"status must be 'retry' or 'failed', not {status.value!r}")
     if status is CheckpointStatus.RETRY and process_at is None:
-        raise ValueError("process_at must be an aware datetime when status is 'retry', not None")
+        raise ValueError(
+            "process_at must be an aware datetime or a timedelta when status is 'retry', not None"
+        )
     if status is CheckpointStatus.FAILED and process_at is not None:
         raise ValueError(f"process_at must be None when status is 'failed', not {process_at!r}")
     return _record_error().params(
@@ -237,7 +280,7 @@ def record_checkpoint_error(
         error_status=status,
         error_retry_attempts=arguments.attempts("retry_attempts", retry_attempts),
         error_value=arguments.json_value("error", error),
-        error_process_at=process_at and arguments.moment("process_at", process_at),
+        **template.due_values("error", process_at),
     )
 
 
@@ -246,20 +289,6 @@ def _record_error() -> Select[int, CheckpointStatus]:
     position = func.greatest(
         checkpoints.c.stream_position, template.bigint("error_stream_position")
     )
-    attempt = func.jsonb_build_array(
-        func.jsonb_build_object(
-            template.word("attempt"),
-            template.integer("error_retry_attempts"),
-            template.word("stream_position"),
-            position,
-            template.word("recorded_at"),
-            template.statement_time(),
-            template.word("error"),
-            template.json("error_value"),
-            type_=JSONB,
-        ),
-        type_=JSONB,
-    )
     errored = (
         update(checkpoints)
         .where(*_is_held("error"))
@@ -267,10 +296,10 @@ def _record_error() -> Select[int, CheckpointStatus]:
             stream_position=position,
             status=bindparam("error_status", type_=checkpoint_status),
             retry_attempts=template.integer("error_retry_attempts"),
-            retries=func.coalesce(checkpoints.c.retries, func.jsonb_build_array(type_=JSONB)).op(
-                "||"
-            )(attempt),
-            process_at=template.timestamp("error_process_at"),
+            retries=template.appended(
+                template.integer("error_retry_attempts"), position, template.json("error_value")
+            ),
+            process_at=template.due_at("error"),
             reserved_until=null(),
         )
         .returning(checkpoints.c.id, checkpoints.c.status)
@@ -346,33 +375,3 @@ def _extend() -> Select[int, datetime]:
         .cte("extended")
     )
     return select(extended.c.id, extended.c.reserved_until)
-
-
-def recover_expired_checkpoint_reservations(group_name: str, *, limit: int = 100) -> Select[int]:
-    """End the reservations of a group that have expired, at most `limit`.
-
-    What still has work is ready again, its status kept. Any process may run it, at any time.
-
-    Rows: id of each whose reservation ended. Locks them, and never waits for a lock.
-    """
-    return _recover().params(
-        recover_group_name=arguments.name("group_name", group_name),
-        recover_limit=arguments.limit("limit", limit),
-    )
-
-
-@cache
-def _recover() -> Select[int]:
-    expired = _claimed(
-        "recover",
-        checkpoints_reserved.c.reserved_until,
-        checkpoints.c.reserved_until <= template.statement_time(),
-    )
-    recovered = (
-        update(checkpoints)
-        .where(template.is_one_of(expired))
-        .values(reserved_until=null())
-        .returning(checkpoints.c.id)
-        .cte("recovered")
-    )
-    return select(recovered.c.id)

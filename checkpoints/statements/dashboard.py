@@ -7,7 +7,7 @@ most `TOTAL_LIMIT` results. Reads lock nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache
 from typing import Any
 
@@ -424,8 +424,10 @@ def _skip() -> Select[int]:
     return select(skipped.c.id)
 
 
-def schedule_checkpoints(ids: Iterable[int], process_at: datetime) -> Select[int]:
+def schedule_checkpoints(ids: Iterable[int], process_at: datetime | timedelta) -> Select[int]:
     """Have checkpoints processed at a time, earlier or later than they would be.
+
+    `process_at` may be a timedelta: so long from now, by the database's clock.
 
     For those that are not reserved and have work: active ones that lag, retries and failed ones.
     The status is kept: a failed one is claimed when its time comes, and is active once it succeeds.
@@ -434,7 +436,7 @@ def schedule_checkpoints(ids: Iterable[int], process_at: datetime) -> Select[int
     """
     return _schedule().params(
         schedule_ids=arguments.identifiers("ids", ids),
-        schedule_process_at=arguments.moment("process_at", process_at),
+        **template.due_values("schedule", process_at),
     )
 
 
@@ -457,7 +459,7 @@ def _schedule() -> Select[int]:
     scheduled = (
         update(checkpoints)
         .where(template.is_one_of(schedulable))
-        .values(process_at=template.timestamp("schedule_process_at"))
+        .values(process_at=template.due_at("schedule"))
         .returning(checkpoints.c.id)
         .cte("scheduled")
     )

@@ -37,6 +37,10 @@ SAMPLES: dict[str, Select[*tuple[Any, ...]]] = {
     "recover_expired_checkpoint_reservations": (
         checkpoints.recover_expired_checkpoint_reservations("accounts")
     ),
+    "record_expired_checkpoint_reservations": (
+        checkpoints.record_expired_checkpoint_reservations("accounts", max_attempts=5)
+    ),
+    "get_next_process_at": checkpoints.get_next_process_at("accounts"),
     "list_reservations": checkpoints.list_reservations(search="account"),
     "list_lagging": checkpoints.list_lagging(search="account"),
     "list_retries": checkpoints.list_retries(search="account"),

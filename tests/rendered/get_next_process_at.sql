@@ -1,0 +1,4 @@
+SELECT checkpoints.checkpoints_ready.id, checkpoints.checkpoints_ready.process_at, checkpoints.checkpoints_ready.process_at - statement_timestamp() AS due_in
+FROM checkpoints.checkpoints_ready JOIN checkpoints.checkpoints ON checkpoints.checkpoints.id = checkpoints.checkpoints_ready.id JOIN checkpoints.subscriptions ON checkpoints.subscriptions.id = checkpoints.checkpoints.subscription_id JOIN checkpoints.subscription_groups ON checkpoints.subscription_groups.id = checkpoints.subscriptions.subscription_group_id
+WHERE checkpoints.subscription_groups.name = %(next_group_name)s::VARCHAR AND checkpoints.subscriptions.status = ANY (%(next_subscription_statuses)s::checkpoints.subscription_status[]) AND (%(next_subscription_names)s::TEXT[] IS NULL OR checkpoints.subscriptions.name = ANY (%(next_subscription_names)s::TEXT[])) ORDER BY checkpoints.checkpoints_ready.process_at
+ LIMIT 1
