@@ -10,6 +10,7 @@ from datetime import timedelta
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
+from checkpoints.errors import ReservationLost
 from checkpoints.records import Reservation
 
 
@@ -36,6 +37,11 @@ class Held:
         self.ended = False
         """Its reservation was ended by this process: extend it no more."""
         self._connection: Connection | None = None
+
+    def check(self) -> None:
+        """Raise unless the token may still be used."""
+        if self.lost or self.ended:
+            raise ReservationLost(self.reservation.id, self.reservation.reserved_until)
 
     def use(self, connection: Connection | None) -> None:
         """The connection that the handler works on now."""

@@ -10,14 +10,12 @@ from sqlalchemy import Connection, Engine, text
 
 from checkpoints.errors import ReservationLost
 from checkpoints.executing import Checkpoints
-from checkpoints.records import CheckpointStatus
+from checkpoints.runtime import _outcomes as outcomes
 from checkpoints.runtime._held import Held
 from checkpoints.runtime._outage import OutageLog, is_outage
 from checkpoints.runtime._worker import Worker
 from checkpoints.runtime.settings import ConsumerSettings, jittered
 from checkpoints.runtime.telemetry import Telemetry, fields, logger
-
-_RECOVERED_AT_ONCE = 100
 
 
 class Keeper(threading.Thread):
@@ -75,14 +73,7 @@ class Keeper(threading.Thread):
                     self._outage.away(error)
                 else:
                     logger.exception("keeping failed", extra={"group": self._settings.group})
-            self._stopped.wait(self._seconds(recover_at))
-
-    def _seconds(self, recover_at: float) -> float:
-        """Until the next thing may have to be done."""
-        seconds = min(recover_at - time.monotonic(), self._third / 3)
-        if self._settings.handler_timeout is not None:
-            seconds = min(seconds, self._settings.handler_timeout.total_seconds() / 4)
-        return max(0.01, seconds)
+            self._stopped.wait(self._settings.keeping_seconds(recover_at - time.monotonic()))
 
     def _all(self) -> list[Held]:
         with self._guard:
@@ -100,10 +91,7 @@ class Keeper(threading.Thread):
         for held in self._all():
             if held.running_for() > longest and not held.finished:
                 held.cancel()
-                error = TimeoutError(
-                    f"the handler of {held.reservation.subscription_name!r} took longer than "
-                    f"{longest.total_seconds():g} s"
-                )
+                error = outcomes.timed_out(held.reservation, longest)
                 self._worker.record_error(held, error)
                 with held.lock:
                     if held.finished or held.processed:
@@ -167,19 +155,8 @@ class Keeper(threading.Thread):
         while not self._stopped.is_set():
             with self._engine.begin() as connection:
                 expired = Checkpoints(connection).record_expired_checkpoint_reservations(
-                    self._settings.group,
-                    max_attempts=self._settings.retry.max_attempts,
-                    process_at=self._settings.retry.first_delay,
-                    limit=_RECOVERED_AT_ONCE,
+                    **outcomes.recovery(self._settings)
                 )
-            self._telemetry.count("expired", len(expired))
-            for record in expired:
-                failed = record.status is CheckpointStatus.FAILED
-                logger.log(
-                    40 if failed else 30,
-                    "a reservation expired: %s",
-                    "failed" if failed else "another attempt follows",
-                    extra={"checkpoint_id": record.id, "attempt": record.retry_attempts},
-                )
-            if len(expired) < _RECOVERED_AT_ONCE:
+            outcomes.log_expired(self._telemetry, expired)
+            if len(expired) < outcomes.RECOVERED_AT_ONCE:
                 return

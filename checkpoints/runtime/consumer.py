@@ -25,13 +25,15 @@ from sqlalchemy.exc import SQLAlchemyError
 from checkpoints.errors import ReservationLost
 from checkpoints.executing import Checkpoints
 from checkpoints.records import Reservation
+from checkpoints.runtime import _outcomes as outcomes
 from checkpoints.runtime._held import Held
 from checkpoints.runtime._keeper import Keeper
 from checkpoints.runtime._outage import Backoff, OutageLog, is_outage
+from checkpoints.runtime._outcomes import Goal
 from checkpoints.runtime._worker import Worker
 from checkpoints.runtime.listening import Listener
 from checkpoints.runtime.settings import ConsumerSettings, OutsideTransaction, checked_handlers
-from checkpoints.runtime.telemetry import Telemetry, fields, logger
+from checkpoints.runtime.telemetry import Telemetry
 
 __all__ = ["Consumer", "Handler"]
 
@@ -43,14 +45,6 @@ must not commit or roll back.
 """
 
 _LONG = 3600.0
-
-
-class _Goal(Enum):
-    """When to end, besides being stopped."""
-
-    NEVER = auto()
-    DRAINED = auto()
-    ONE_BATCH = auto()
 
 
 class _Event(Enum):
@@ -110,20 +104,20 @@ class Consumer:
         """
         if handle_signals and threading.current_thread() is threading.main_thread():
             with self._signals():
-                self._serve(_Goal.NEVER)
+                self._serve(Goal.NEVER)
         else:
-            self._serve(_Goal.NEVER)
+            self._serve(Goal.NEVER)
 
     def run_once(self) -> int:
         """Process one batch of what is due now; how many checkpoints were processed."""
-        return self._serve(_Goal.ONE_BATCH)
+        return self._serve(Goal.ONE_BATCH)
 
     def drain(self) -> int:
         """Process until nothing is due; how many checkpoints were processed.
 
         What is due later, a retry such as, is left.
         """
-        return self._serve(_Goal.DRAINED)
+        return self._serve(Goal.DRAINED)
 
     def stop(self) -> None:
         """End `run()` as SIGTERM does; from any thread, or a signal handler. Twice: at once."""
@@ -135,7 +129,7 @@ class Consumer:
 
     # --- dispatching, in the thread of the caller
 
-    def _serve(self, goal: _Goal) -> int:
+    def _serve(self, goal: Goal) -> int:
         self._stops = self._processed = 0
         threads = [self._start_worker() for _ in range(self._settings.concurrency)]
         keeper = Keeper(
@@ -148,7 +142,7 @@ class Consumer:
         )
         keeper.start()
         listener = None
-        if self._settings.listen and goal is _Goal.NEVER:
+        if self._settings.listen and goal is Goal.NEVER:
             listener = Listener(self._engine, self._settings.group, self.wake)
             listener.start()
         try:
@@ -182,7 +176,7 @@ class Consumer:
             if replaced:
                 return
 
-    def _dispatch(self, goal: _Goal, keeper: Keeper) -> None:
+    def _dispatch(self, goal: Goal, keeper: Keeper) -> None:
         backoff = Backoff()
         while not self._stops:
             seconds = _LONG
@@ -203,11 +197,11 @@ class Consumer:
                         keeper.keep(held)
                         self._waiting.append(held)
                     self._hand_out()
-                    if goal is _Goal.ONE_BATCH:
+                    if goal is Goal.ONE_BATCH:
                         self._settle()
                         return
                     if not reserved:
-                        if goal is _Goal.DRAINED and not self._running:
+                        if goal is Goal.DRAINED and not self._running:
                             return
                         seconds = self._settings.idle_seconds(due_in)
                     elif self._settings.room(len(self._waiting) + len(self._running)):
@@ -291,11 +285,7 @@ class Consumer:
             except ReservationLost:
                 pass
             except SQLAlchemyError as error:
-                logger.warning(
-                    "a reservation could not be given back and will expire: %s",
-                    error,
-                    extra=fields(held.reservation),
-                )
+                outcomes.log_not_given_back(held.reservation, error)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:

@@ -22,9 +22,10 @@ _TRACEBACK_LIMIT = 8_000
 class RetryPolicy:
     """How often a checkpoint is tried, and how long it waits in between.
 
-    After attempt n it waits `first_delay` times `factor` to the power n-1, at most `longest_delay`, more or less
-    by up to the fraction `jitter`. After `max_attempts` it has failed. `max_attempts_by_type` says
-    otherwise for exceptions of some types (the nearest class counts); 1: no second attempt.
+    After attempt n it waits `first_delay` times `factor` to the power n-1, at most
+    `longest_delay`, more or less by up to the fraction `jitter`. After `max_attempts` it has
+    failed. `max_attempts_by_type` says otherwise for exceptions of some types (the nearest class
+    counts); 1: no second attempt.
     """
 
     max_attempts: int = 10

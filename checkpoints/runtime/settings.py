@@ -88,6 +88,13 @@ class ConsumerSettings:
         # Due already, and yet not to be had: others hold it locked, for a moment.
         return min(seconds, max(due_in.total_seconds(), random.uniform(0.02, 0.1)))  # noqa: S311
 
+    def keeping_seconds(self, until_recovery: float) -> float:
+        """Until there may be a reservation to extend, a handler to end, or some to recover."""
+        seconds = min(until_recovery, self.reservation_timeout.total_seconds() / 9)
+        if self.handler_timeout is not None:
+            seconds = min(seconds, self.handler_timeout.total_seconds() / 4)
+        return max(0.01, seconds)
+
 
 def jittered(interval: timedelta) -> float:
     """The interval in seconds, give or take a fifth, so that processes do not fall into step."""
