@@ -119,6 +119,7 @@ class Reservation:
     status: CheckpointStatus
     replay_target_position: int | None
     reserved_until: datetime
+    process_at: datetime
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,7 @@ def reserve_next_available_checkpoint(
     replay_mode: ReplayMode = ReplayMode.ALL,
     subscription_names: Iterable[str] | None = None,
     limit: int = 1,
-) -> Select[int, int, str, str, int, int, int, CheckpointStatus, int | None, datetime]:
+) -> Select[int, int, str, str, int, int, int, CheckpointStatus, int | None, datetime, datetime]:
     """Reserve the checkpoints of a group that have been due longest, at most `limit`.
 
     A checkpoint is claimed when it is ready, its `process_at` has come, and its subscription is
@@ -68,8 +68,9 @@ def reserve_next_available_checkpoint(
 
     Rows, those due longest first: id, subscription_id, subscription_name, stream_name,
     stream_position, stream_version, retry_attempts, status, replay_target_position (None: no
-    replay), reserved_until (the token). None: nothing is due, or others hold it, or there is no
-    such group. Locks what it claims until the transaction ends, and never waits for a lock.
+    replay), reserved_until (the token), process_at (since when it was due). None: nothing is due,
+    or others hold it, or there is no such group. Locks what it claims until the transaction ends,
+    and never waits for a lock.
     """
     return _reserve().params(
         reserve_group_name=arguments.name("group_name", group_name),
@@ -99,7 +100,9 @@ def _is_served(prefix: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
 
 
 @cache
-def _reserve() -> Select[int, int, str, str, int, int, int, CheckpointStatus, int | None, datetime]:
+def _reserve() -> Select[
+    int, int, str, str, int, int, int, CheckpointStatus, int | None, datetime, datetime
+]:
     claimed = claim(
         "reserve",
         checkpoints_ready.c.process_at,
@@ -136,6 +139,7 @@ def _reserve() -> Select[int, int, str, str, int, int, int, CheckpointStatus, in
             reserved.c.status,
             subscriptions.c.replay_target_position,
             reserved.c.reserved_until,
+            reserved.c.process_at,
         )
         .join(subscriptions, subscriptions.c.id == reserved.c.subscription_id)
         .order_by(reserved.c.process_at, reserved.c.id)

@@ -56,7 +56,7 @@ class TestReserve:
 
         row = connection.execute(reserve_next_available_checkpoint(GROUP, MINUTE)).one()
 
-        assert tuple(row)[:-1] == (
+        assert tuple(row)[:-2] == (
             id,
             subscription,
             "balances",
@@ -67,6 +67,7 @@ class TestReserve:
             CheckpointStatus.ACTIVE,
             None,
         )
+        assert row.process_at <= before
         assert before <= row.reserved_until - MINUTE <= database_time(connection)
         after = state(connection, id)
         assert after.reserved_until == after.reserved == row.reserved_until
