@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from sqlalchemy import Row, Select
 
 from checkpoints import statements
-from checkpoints.errors import ReservationLost, UnknownSubscription
+from checkpoints.errors import ReservationLost, SubscriptionRunning, UnknownSubscription
 from checkpoints.records import (
     CheckpointDetail,
     CheckpointPosition,
@@ -393,6 +393,145 @@ def ensure_checkpoint_exists(
         ),
         _one(CheckpointPosition),
     )
+
+
+def _known(subscription_id: int, answer: Callable[[Rows], T]) -> Callable[[Rows], T]:
+    """The answer of a statement of a subscription: no row means that there is none."""
+
+    def known(rows: Rows) -> T:
+        if not rows:
+            raise UnknownSubscription(subscription_id)
+        return answer(rows)
+
+    return known
+
+
+def _status(rows: Rows) -> SubscriptionStatus:
+    status: SubscriptionStatus = rows[0][1]
+    return status
+
+
+def _nothing(_: Rows) -> None:
+    return None
+
+
+def pause_subscription(id: int) -> Call[SubscriptionStatus]:
+    """Give consumers nothing more of a subscription; the status that it has now.
+
+    Not paused, if it is neither active nor replays. See `checkpoints.pause_subscription`.
+
+    Raises:
+        UnknownSubscription: there is no such subscription.
+    """
+    return Call(statements.pause_subscription(id), _known(id, _status))
+
+
+def resume_subscription(id: int) -> Call[SubscriptionStatus]:
+    """Give consumers a paused subscription again; the status that it has now.
+
+    Replay, if it was paused while it replayed. See `checkpoints.resume_subscription`.
+
+    Raises:
+        UnknownSubscription: there is no such subscription.
+    """
+    return Call(statements.resume_subscription(id), _known(id, _status))
+
+
+def reset_subscription_checkpoints(
+    subscription_id: int, *, stream_position: int = 0, after: str = "", limit: int = 500
+) -> Call[list[str]]:
+    """Take checkpoints of a paused subscription back, at most `limit`; their streams, in order.
+
+    Call it, each time in a transaction of its own, with the last stream as `after`; when it
+    answers an empty list, from the beginning again, until that answers an empty list too. See
+    `checkpoints.reset_subscription_checkpoints`.
+
+    Raises:
+        SubscriptionRunning: it is active or replays; nothing was changed.
+        UnknownSubscription: there is no such subscription.
+    """
+
+    def stream_names(rows: Rows) -> list[str]:
+        _, status, names = rows[0]
+        if status in (SubscriptionStatus.ACTIVE, SubscriptionStatus.REPLAY):
+            raise SubscriptionRunning(subscription_id, status.value)
+        return list(names)
+
+    return Call(
+        statements.reset_subscription_checkpoints(
+            subscription_id, stream_position=stream_position, after=after, limit=limit
+        ),
+        _known(subscription_id, stream_names),
+    )
+
+
+def replay_subscription(id: int, *, target_position: int) -> Call[None]:
+    """Have consumers process a subscription as a replay that ends at a global position.
+
+    See `checkpoints.replay_subscription`.
+
+    Raises:
+        UnknownSubscription: there is no such subscription.
+    """
+    return Call(
+        statements.replay_subscription(id, target_position=target_position), _known(id, _nothing)
+    )
+
+
+def finish_replay(subscription_id: int) -> Call[bool]:
+    """End a replay that has nothing left to do; whether it was ended.
+
+    In a transaction of its own. See `checkpoints.finish_replay`.
+    """
+    return Call(statements.finish_replay(subscription_id), bool)
+
+
+def rename_subscription(id: int, name: str) -> Call[None]:
+    """Give a subscription another name. See `checkpoints.rename_subscription`.
+
+    Raises:
+        SubscriptionExists: the group has another one of that name.
+        UnknownSubscription: there is no such subscription.
+    """
+    return Call(statements.rename_subscription(id, name), _known(id, _nothing))
+
+
+def move_subscription(id: int, group_name: str) -> Call[None]:
+    """Move a subscription to another group, which is made unless it is there.
+
+    See `checkpoints.move_subscription`.
+
+    Raises:
+        SubscriptionExists: that group has one of the same name.
+        UnknownSubscription: there is no such subscription.
+    """
+    return Call(statements.move_subscription(id, group_name), _known(id, _nothing))
+
+
+def delete_subscription_checkpoints(subscription_id: int, *, limit: int = 500) -> Call[int]:
+    """Delete checkpoints of a subscription, at most `limit`; how many were deleted.
+
+    Call it and then `delete_subscription`, each time both in one transaction, until that answers
+    True. 0 before: others lock what is left; wait a moment. See
+    `checkpoints.delete_subscription_checkpoints`.
+    """
+    return Call(statements.delete_subscription_checkpoints(subscription_id, limit=limit), len)
+
+
+def delete_subscription(id: int) -> Call[bool]:
+    """Delete a subscription that has no checkpoints any more; False: it has some, and stays.
+
+    See `checkpoints.delete_subscription`.
+
+    Raises:
+        UnknownSubscription: there is no such subscription.
+    """
+
+    def deleted(rows: Rows) -> bool:
+        was_deleted: bool = rows[0][1]
+        return was_deleted
+
+    return Call(statements.delete_subscription(id), _known(id, deleted))
 
 
 def audit_checkpoints() -> Call[list[CheckpointViolation]]:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from datetime import datetime
 
-__all__ = ["CheckpointsError", "ReservationLost", "SchemaNotMigrated", "UnknownSubscription"]
+__all__ = [
+    "CheckpointsError",
+    "ReservationLost",
+    "SchemaNotMigrated",
+    "SubscriptionExists",
+    "SubscriptionRunning",
+    "UnknownSubscription",
+]
 
 
 class CheckpointsError(Exception):
@@ -42,6 +49,36 @@ class UnknownSubscription(CheckpointsError):
             "add it first with add_or_update_subscription()"
         )
         self.subscription_id = subscription_id
+
+
+class SubscriptionExists(CheckpointsError):
+    """The group has another subscription of that name; nothing was changed.
+
+    The transaction is aborted, as after every database error: roll it back, or run the call in a
+    savepoint. `subscription_group_id` and `name` are None if the server does not say which it was.
+    """
+
+    def __init__(self, subscription_group_id: int | None, name: str | None) -> None:
+        which = (
+            "the group has a subscription of that name"
+            if name is None
+            else f"group {subscription_group_id!r} has a subscription {name!r}"
+        )
+        super().__init__(f"{which} already: nothing was changed; rename one of the two first")
+        self.subscription_group_id = subscription_group_id
+        self.name = name
+
+
+class SubscriptionRunning(CheckpointsError):
+    """Consumers are given the subscription's checkpoints; nothing was changed."""
+
+    def __init__(self, subscription_id: int, status: str) -> None:
+        super().__init__(
+            f"subscription {subscription_id!r} is {status!r}, and consumers are given its "
+            "checkpoints: nothing was changed; stop it first with pause_subscription()"
+        )
+        self.subscription_id = subscription_id
+        self.status = status
 
 
 class SchemaNotMigrated(CheckpointsError):

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 
 from checkpoints import _calls as calls
 from checkpoints._calls import Call
-from checkpoints.errors import SchemaNotMigrated, UnknownSubscription
+from checkpoints.errors import SchemaNotMigrated, SubscriptionExists, UnknownSubscription
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
@@ -31,6 +31,7 @@ T = TypeVar("T")
 # The schema, a table, a column, a type or a function is not there.
 _MISSING = {"3F000", "42P01", "42703", "42704", "42883"}
 _FOREIGN_KEY = "fk_checkpoints_subscription_id"
+_NAME_IN_GROUP = "uq_subscriptions_subscription_group_id_name"
 
 
 def _translated(error: DBAPIError) -> Exception:
@@ -40,10 +41,19 @@ def _translated(error: DBAPIError) -> Exception:
         return error
     if diagnosis.sqlstate in _MISSING:
         return SchemaNotMigrated(diagnosis.message_primary or diagnosis.sqlstate)
+    # Whatever the server's language, a detail quotes columns and values: Key (…)=(…).
+    detail = diagnosis.message_detail or ""
     if diagnosis.sqlstate == "23503" and diagnosis.constraint_name == _FOREIGN_KEY:
-        # Whatever the server's language: Key (subscription_id)=(7) is not present in table …
-        named = re.search(r"=\((\d+)\)", diagnosis.message_detail or "")
+        if "(id)=" in detail:
+            # The other side: a subscription was deleted that a checkpoint refers to.
+            return error
+        named = re.search(r"=\((\d+)\)", detail)
         return UnknownSubscription(int(named[1]) if named else None)
+    if diagnosis.sqlstate == "23505" and diagnosis.constraint_name == _NAME_IN_GROUP:
+        named = re.search(r"=\((\d+), (.*)\)", detail, re.DOTALL)
+        return (
+            SubscriptionExists(int(named[1]), named[2]) if named else SubscriptionExists(None, None)
+        )
     return error
 
 
@@ -97,8 +107,9 @@ def _as_method(method: _M) -> _M:
 class Checkpoints:
     """The statements on a `Connection` or a `Session`; see `AsyncCheckpoints` for asyncio.
 
-    It never commits. Errors: `ReservationLost`, `UnknownSubscription`, `SchemaNotMigrated`, bad
-    arguments as TypeError or ValueError; others of the driver pass unwrapped.
+    It never commits. Errors: `ReservationLost`, `UnknownSubscription`, `SubscriptionExists`,
+    `SubscriptionRunning`, `SchemaNotMigrated`, bad arguments as TypeError or ValueError; others of
+    the driver pass unwrapped.
     """
 
     def __init__(self, connection: Connection | Session) -> None:
@@ -134,6 +145,16 @@ class Checkpoints:
     set_subscription_status = _blocking(calls.set_subscription_status)
     lock_checkpoint = _blocking(calls.lock_checkpoint)
     ensure_checkpoint_exists = _blocking(calls.ensure_checkpoint_exists)
+
+    pause_subscription = _blocking(calls.pause_subscription)
+    resume_subscription = _blocking(calls.resume_subscription)
+    reset_subscription_checkpoints = _blocking(calls.reset_subscription_checkpoints)
+    replay_subscription = _blocking(calls.replay_subscription)
+    finish_replay = _blocking(calls.finish_replay)
+    rename_subscription = _blocking(calls.rename_subscription)
+    move_subscription = _blocking(calls.move_subscription)
+    delete_subscription_checkpoints = _blocking(calls.delete_subscription_checkpoints)
+    delete_subscription = _blocking(calls.delete_subscription)
 
     audit_checkpoints = _blocking(calls.audit_checkpoints)
     repair_checkpoints = _blocking(calls.repair_checkpoints)
@@ -177,6 +198,16 @@ class AsyncCheckpoints:
     set_subscription_status = _awaitable(calls.set_subscription_status)
     lock_checkpoint = _awaitable(calls.lock_checkpoint)
     ensure_checkpoint_exists = _awaitable(calls.ensure_checkpoint_exists)
+
+    pause_subscription = _awaitable(calls.pause_subscription)
+    resume_subscription = _awaitable(calls.resume_subscription)
+    reset_subscription_checkpoints = _awaitable(calls.reset_subscription_checkpoints)
+    replay_subscription = _awaitable(calls.replay_subscription)
+    finish_replay = _awaitable(calls.finish_replay)
+    rename_subscription = _awaitable(calls.rename_subscription)
+    move_subscription = _awaitable(calls.move_subscription)
+    delete_subscription_checkpoints = _awaitable(calls.delete_subscription_checkpoints)
+    delete_subscription = _awaitable(calls.delete_subscription)
 
     audit_checkpoints = _awaitable(calls.audit_checkpoints)
     repair_checkpoints = _awaitable(calls.repair_checkpoints)

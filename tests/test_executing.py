@@ -9,8 +9,8 @@ from dataclasses import fields, replace
 from typing import Any
 
 import pytest
-from sqlalchemy import URL, Connection, Engine, create_engine
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import URL, Connection, Engine, create_engine, delete
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
@@ -26,6 +26,8 @@ from checkpoints import (
     ReservationLost,
     SchemaNotMigrated,
     Subscription,
+    SubscriptionExists,
+    SubscriptionRunning,
     SubscriptionStatus,
     UnknownSubscription,
     _calls,
@@ -33,6 +35,8 @@ from checkpoints import (
     records,
     statements,
 )
+from checkpoints.executing import _translated
+from checkpoints.tables import subscriptions
 from tests.support.factories import (
     GROUP,
     LONG_AGO,
@@ -152,6 +156,34 @@ def whole_life(checkpoints: Checkpoints) -> None:  # noqa: PLR0915  # one story
     assert checkpoints.get_next_process_at(GROUP) is None
     (metrics,) = checkpoints.get_metrics()
     assert (metrics.id, metrics.lag) == (subscription.id, 0)
+
+    with pytest.raises(SubscriptionRunning, match=r"is 'active'.*pause_subscription"):
+        checkpoints.reset_subscription_checkpoints(subscription.id)
+    assert checkpoints.pause_subscription(subscription.id) is SubscriptionStatus.PAUSED
+    assert checkpoints.reset_subscription_checkpoints(
+        subscription.id, stream_position=1, limit=9
+    ) == ["account-1", "account-2"]
+    assert checkpoints.reset_subscription_checkpoints(subscription.id, after="account-1") == [
+        "account-2"
+    ]
+    assert checkpoints.resume_subscription(subscription.id) is SubscriptionStatus.ACTIVE
+    checkpoints.replay_subscription(subscription.id, target_position=70)
+    assert checkpoints.finish_replay(subscription.id) is False
+    (again, last) = checkpoints.reserve_next_available_checkpoint(GROUP, MINUTE, limit=9)
+    assert {again.replay_target_position, last.replay_target_position} == {70}
+    for reservation in (again, last):
+        checkpoints.update_checkpoint_position(reservation, 3)
+    assert checkpoints.finish_replay(subscription.id) is True
+    checkpoints.rename_subscription(subscription.id, "saldi")
+    checkpoints.move_subscription(subscription.id, "reports")
+    moved = checkpoints.get_subscription("reports", "saldi")
+    assert moved is not None
+    assert (moved.id, moved.status) == (subscription.id, SubscriptionStatus.ACTIVE)
+    assert moved.replay_target_position is None
+    assert checkpoints.delete_subscription(subscription.id) is False
+    assert checkpoints.delete_subscription_checkpoints(subscription.id) == 3
+    assert checkpoints.delete_subscription(subscription.id) is True
+
     assert checkpoints.audit_checkpoints() == []
     assert checkpoints.repair_checkpoints() == []
 
@@ -267,6 +299,51 @@ def test_an_unknown_subscription_is_named_wherever_one_is_given(connection: Conn
         Checkpoints(connection).ensure_checkpoint_exists(987_654, "account-1")
     with pytest.raises(UnknownSubscription, match="987654"):
         Checkpoints(connection).set_subscription_status(987_654, SubscriptionStatus.ACTIVE)
+
+
+UNKNOWN_VERBS: dict[str, Callable[[Checkpoints], Any]] = {
+    "pause": lambda c: c.pause_subscription(987_654),
+    "resume": lambda c: c.resume_subscription(987_654),
+    "reset": lambda c: c.reset_subscription_checkpoints(987_654),
+    "replay": lambda c: c.replay_subscription(987_654, target_position=1),
+    "rename": lambda c: c.rename_subscription(987_654, "balances"),
+    "move": lambda c: c.move_subscription(987_654, "reports"),
+    "delete": lambda c: c.delete_subscription(987_654),
+}
+
+
+@pytest.mark.parametrize("verb", UNKNOWN_VERBS)
+def test_a_subscription_that_is_not_there_is_an_error(connection: Connection, verb: str) -> None:
+    with pytest.raises(UnknownSubscription, match="no subscription with id 987654"):
+        UNKNOWN_VERBS[verb](Checkpoints(connection))
+
+
+@pytest.mark.parametrize("name", ["balances", "a, (b)=(c)"])
+def test_a_name_that_is_taken_is_an_error(connection: Connection, name: str) -> None:
+    taken = Checkpoints(connection).add_or_update_subscription(GROUP, name)
+    renamed = add_subscription(connection, "statements")
+    moved = add_subscription(connection, name, group="reports")
+    calls: list[Callable[[], None]] = [
+        lambda: Checkpoints(connection).rename_subscription(renamed, name),
+        lambda: Checkpoints(connection).move_subscription(moved, GROUP),
+    ]
+    for call in calls:
+        with pytest.raises(SubscriptionExists) as raised, connection.begin_nested():
+            call()
+        assert raised.value.name == name
+        assert raised.value.subscription_group_id == taken.subscription_group_id
+        assert f"a subscription {name!r} already" in str(raised.value)
+
+
+def test_a_subscription_that_is_referred_to_is_no_unknown_one(
+    connection: Connection, subscription: int
+) -> None:
+    """The same constraint is broken from its other side; an application's DELETE may do that."""
+    add_checkpoint(connection, subscription)
+    broken = delete(subscriptions).where(subscriptions.c.id == subscription)
+    with pytest.raises(IntegrityError) as raised:
+        connection.execute(broken)
+    assert _translated(raised.value) is raised.value
 
 
 @pytest.mark.parametrize("verb", ["get_metrics", "audit_checkpoints"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from functools import cache
 
-from sqlalchemy import Select, exists, select, union_all, update
+from sqlalchemy import Select, case, cast, exists, literal_column, null, select, union_all, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.sql.expression import bindparam
 
@@ -137,6 +137,8 @@ def _add() -> Select[int, SubscriptionStatus, int, int | None]:
 def set_subscription_status(id: int, status: SubscriptionStatus) -> Select[int, SubscriptionStatus]:
     """Set the status of a subscription, such as active, or paused.
 
+    Active ends a replay: its target is forgotten.
+
     The checkpoints of a paused one stay as they are, and recorders go on recording; consumers are
     given none of it. Reservations that run go on to their end. Becoming active or replay wakes
     consumers that sleep.
@@ -151,10 +153,19 @@ def set_subscription_status(id: int, status: SubscriptionStatus) -> Select[int, 
 
 @cache
 def _set_status() -> Select[int, SubscriptionStatus]:
+    status = cast(bindparam("set_status_status", type_=subscription_status), subscription_status)
+    active = literal_column("'active'", subscription_status)
     changed = (
         update(subscriptions)
         .where(subscriptions.c.id == template.bigint("set_status_id"))
-        .values(status=bindparam("set_status_status", type_=subscription_status))
+        .values(
+            status=status,
+            # A replay that is over must not come back when the subscription is resumed.
+            replay_target_position=case(
+                (status == active, null()),
+                else_=subscriptions.c.replay_target_position,
+            ),
+        )
         .returning(subscriptions.c.id, subscriptions.c.status)
         .cte("changed")
     )

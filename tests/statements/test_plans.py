@@ -87,6 +87,10 @@ ON_THE_HOT_PATH = [
     "list_retries",
     "list_failed",
     "get_metrics",
+    "finish_replay",
+    "reset_subscription_checkpoints",
+    "delete_subscription_checkpoints",
+    "delete_subscription",
 ]
 
 
@@ -111,3 +115,28 @@ def test_walks_the_hot_table_by_its_time(filled: Engine, name: str, index: str) 
     assert f"Index Scan using {index}" in plan, plan
     claimed = plan[plan.index("LockRows") :].partition("CTE")[0]
     assert "Sort" not in claimed, plan
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [
+        ("reset_subscription_checkpoints", "uq_checkpoints_subscription_id_stream_name"),
+        ("delete_subscription_checkpoints", "uq_checkpoints_subscription_id_stream_name"),
+    ],
+)
+def test_a_batch_stops_at_its_limit(filled: Engine, name: str, index: str) -> None:
+    """In the common order without a sort: of a million checkpoints it reads one batch."""
+    with filled.connect() as connection:
+        plan = generic_plan(connection, name)
+    candidates = plan[plan.index("Limit") :].partition("CTE taken_back")[0]
+    candidates = candidates.partition("CTE deleted_checkpoints")[0]
+    assert f"Index Scan using {index}" in candidates, plan
+    assert "Sort" not in candidates, plan
+
+
+def test_the_end_of_a_replay_is_looked_up_by_subscription(filled: Engine) -> None:
+    with filled.connect() as connection:
+        plan = generic_plan(connection, "finish_replay")
+    for index in ("ix_checkpoints_claimable", "ix_checkpoints_reservations"):
+        assert f"Index Scan using {index}" in plan, plan
+    assert plan.count("Index Cond: (subscription_id = $") == 2, plan

@@ -13,6 +13,7 @@ from checkpoints import (
     ensure_checkpoint_exists,
     get_subscription,
     lock_checkpoint,
+    replay_subscription,
     set_subscription_status,
 )
 from checkpoints.tables import subscription_groups
@@ -57,6 +58,15 @@ def test_any_status_can_be_set(connection: Connection, status: SubscriptionStatu
     id = add_subscription(connection)
     assert tuple(connection.execute(set_subscription_status(id, status)).one()) == (id, status)
     assert connection.execute(get_subscription(GROUP, "balances")).one().status is status
+
+
+def test_active_ends_a_replay(connection: Connection) -> None:
+    id = add_subscription(connection, status=SubscriptionStatus.PAUSED)
+    connection.execute(replay_subscription(id, target_position=9))
+    connection.execute(set_subscription_status(id, SubscriptionStatus.PAUSED))
+    assert connection.execute(get_subscription(GROUP, "balances")).one()[3] == 9
+    connection.execute(set_subscription_status(id, SubscriptionStatus.ACTIVE))
+    assert connection.execute(get_subscription(GROUP, "balances")).one()[3] is None
 
 
 def test_ensure_adds_a_checkpoint_once(connection: Connection) -> None:
