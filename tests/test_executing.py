@@ -291,7 +291,6 @@ def test_a_schema_of_the_revision_before_says_so(database_url: URL) -> None:
 
 
 def test_other_errors_of_the_driver_pass_unwrapped(connection: Connection) -> None:
-    connection.exec_driver_sql("SET LOCAL statement_timeout = '1ms'")
     connection.exec_driver_sql(
         "CREATE FUNCTION pg_temp.slow() RETURNS trigger LANGUAGE plpgsql AS"
         " $$ BEGIN PERFORM pg_sleep(9); RETURN NEW; END $$"
@@ -300,6 +299,7 @@ def test_other_errors_of_the_driver_pass_unwrapped(connection: Connection) -> No
         "CREATE TRIGGER slow BEFORE INSERT ON checkpoints.subscription_groups"
         " FOR EACH ROW EXECUTE FUNCTION pg_temp.slow()"
     )
+    connection.exec_driver_sql("SET LOCAL statement_timeout = '100ms'")
     with pytest.raises(OperationalError, match="statement timeout"):
         Checkpoints(connection).add_or_update_subscription("new", "s")
 
