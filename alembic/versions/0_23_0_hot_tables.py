@@ -130,7 +130,7 @@ FOR EACH ROW EXECUTE FUNCTION %(schema)s.checkpoint_postprocessor()
 CREATE OR REPLACE TRIGGER subscription_notifier
 AFTER UPDATE OF status ON %(schema)s.subscriptions
 FOR EACH ROW
-WHEN (NEW.status IN ('active', 'replay') AND OLD.status NOT IN ('active', 'replay'))
+WHEN (NEW.status IN ('active', 'replay') AND OLD.status <> NEW.status)
 EXECUTE FUNCTION %(schema)s.subscription_notifier()
 """,
 )

@@ -53,8 +53,9 @@ def reserve_next_available_checkpoint(
 
     Rows, those due longest first: id, subscription_id, subscription_name, stream_name,
     stream_position, stream_version, retry_attempts, status, replay_target_position (None: no
-    replay), reserved_until (the token). None: nothing is due, or others hold it, or there is no
-    such group. Locks what it claims until the transaction ends, and never waits for a lock.
+    replay), reserved_until (the token). No row: nothing is due, or others hold it, or there is no
+    such group. Locks what it claims until the transaction ends, and what another took at the very
+    same moment; never waits for a lock.
     """
     return _reserve().params(
         reserve_group_name=arguments.name("group_name", group_name),
@@ -116,10 +117,11 @@ def _claimed(prefix: str, due_at: Column[datetime], *conditions: ColumnElement[b
 
     The due rows come in order, and each is looked up and locked before the next: a join in one
     step may be planned as one over all rows at hand, or sorted only after all of them are locked.
-    The hot row is locked first: one that another consumer took meanwhile is gone, and its main row
-    stays unlocked. `conditions` ask the main row again: when another transaction changed it
-    meanwhile, PostgreSQL checks them once more on what it became. Never without OF: that would
-    lock the group and the subscription, and hold up all other consumers.
+    Only the main row is locked, which guards the checkpoint: a hot row locked beside it would stay
+    locked when the main row is passed over, and its holder would wait for this transaction.
+    `conditions` ask the main row again: when another transaction changed it meanwhile, PostgreSQL
+    checks them once more on what it became. Never without OF: that would lock the group and the
+    subscription, and hold up all other consumers.
     """
     hot = due_at.table
     due = (
@@ -130,17 +132,16 @@ def _claimed(prefix: str, due_at: Column[datetime], *conditions: ColumnElement[b
     )
     locked = (
         select(checkpoints.c.id)
-        .join_from(hot, checkpoints, checkpoints.c.id == hot.c.id)
         .join(subscriptions, subscriptions.c.id == checkpoints.c.subscription_id)
         .join(
             subscription_groups, subscription_groups.c.id == subscriptions.c.subscription_group_id
         )
         .where(
-            hot.c.id == due.c.id,
+            checkpoints.c.id == due.c.id,
             subscription_groups.c.name == template.string(f"{prefix}_group_name"),
             *conditions,
         )
-        .with_for_update(of=[hot, checkpoints], key_share=True, skip_locked=True)
+        .with_for_update(of=checkpoints, key_share=True, skip_locked=True)
         .lateral("locked")
     )
     return template.materialized(
@@ -175,7 +176,8 @@ def update_checkpoint_position(
     that still lags is ready again, at `process_at` (None: now). Run it in the transaction of the
     handler's own writes.
 
-    Rows: id, stream_version, stream_position. None: the reservation is lost. Locks the checkpoint.
+    Rows: id, stream_version, stream_position. No row: the reservation is lost. Locks the
+    checkpoint.
     """
     return _update().params(
         **_held("update", id, reserved_until),
@@ -222,7 +224,7 @@ def record_checkpoint_error(
     the position and the time. Run it in a transaction of its own, after the handler's was rolled
     back.
 
-    Rows: id, status. None: the reservation is lost. Locks the checkpoint.
+    Rows: id, status. No row: the reservation is lost. Locks the checkpoint.
     """
     status = arguments.member("status", status, CheckpointStatus)
     if status is CheckpointStatus.ACTIVE:
@@ -285,7 +287,7 @@ def release_checkpoint_reservation(id: int, reserved_until: datetime | None = No
     A consumer names its token. An operator gives None and ends whatever reservation there is; its
     holder finds its token gone.
 
-    Rows: id. None: the reservation is lost, or for an operator, there was none. Locks the
+    Rows: id. No row: the reservation is lost, or for an operator, there was none. Locks the
     checkpoint.
     """
     if reserved_until is None:
@@ -327,8 +329,8 @@ def extend_checkpoint_reservation(
 
     Works after the reservation expired too, as long as nobody recovered it.
 
-    Rows: id, reserved_until, which is the new token; the old one is gone. None: the reservation is
-    lost. Locks the checkpoint.
+    Rows: id, reserved_until, which is the new token; the old one is gone. No row: the reservation
+    is lost. Locks the checkpoint.
     """
     return _extend().params(
         **_held("extend", id, reserved_until),

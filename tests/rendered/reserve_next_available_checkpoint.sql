@@ -3,8 +3,8 @@ WITH reserve_claimed AS MATERIALIZED
 FROM (SELECT checkpoints.checkpoints_ready.id AS id, checkpoints.checkpoints_ready.process_at AS process_at
 FROM checkpoints.checkpoints_ready
 WHERE checkpoints.checkpoints_ready.process_at <= statement_timestamp() ORDER BY checkpoints.checkpoints_ready.process_at) AS due JOIN LATERAL (SELECT checkpoints.checkpoints.id AS id
-FROM checkpoints.checkpoints_ready JOIN checkpoints.checkpoints ON checkpoints.checkpoints.id = checkpoints.checkpoints_ready.id JOIN checkpoints.subscriptions ON checkpoints.subscriptions.id = checkpoints.checkpoints.subscription_id JOIN checkpoints.subscription_groups ON checkpoints.subscription_groups.id = checkpoints.subscriptions.subscription_group_id
-WHERE checkpoints.checkpoints_ready.id = due.id AND checkpoints.subscription_groups.name = %(reserve_group_name)s::VARCHAR AND checkpoints.checkpoints.process_at <= statement_timestamp() AND checkpoints.checkpoints.reserved_until IS NULL AND checkpoints.subscriptions.status = ANY (%(reserve_subscription_statuses)s::checkpoints.subscription_status[]) FOR NO KEY UPDATE OF checkpoints_ready, checkpoints SKIP LOCKED) AS locked ON true
+FROM checkpoints.checkpoints JOIN checkpoints.subscriptions ON checkpoints.subscriptions.id = checkpoints.checkpoints.subscription_id JOIN checkpoints.subscription_groups ON checkpoints.subscription_groups.id = checkpoints.subscriptions.subscription_group_id
+WHERE checkpoints.checkpoints.id = due.id AND checkpoints.subscription_groups.name = %(reserve_group_name)s::VARCHAR AND checkpoints.checkpoints.process_at <= statement_timestamp() AND checkpoints.checkpoints.reserved_until IS NULL AND checkpoints.subscriptions.status = ANY (%(reserve_subscription_statuses)s::checkpoints.subscription_status[]) FOR NO KEY UPDATE OF checkpoints SKIP LOCKED) AS locked ON true
  LIMIT %(reserve_limit)s::INTEGER),
 reserved AS
 (UPDATE checkpoints.checkpoints SET reserved_until=(statement_timestamp() + %(reserve_timeout)s::INTERVAL) WHERE checkpoints.checkpoints.id = ANY (array((SELECT reserve_claimed.id

@@ -136,9 +136,7 @@ class TestListCheckpoints:
         assert {row.total_results for row in rows} == {3}
 
     @pytest.mark.usefixtures("ids")
-    def test_retries_are_the_next_one_first_with_their_errors(
-        self, connection: Connection
-    ) -> None:
+    def test_retries_are_the_next_one_first_with_their_errors(self, connection: Connection) -> None:
         rows = connection.execute(list_retries()).all()
         assert [row.stream_name for row in rows] == ["sooner", "retry"]
         last = rows[1]
@@ -154,9 +152,7 @@ class TestListCheckpoints:
         assert [(row.id, row.total_results) for row in rows] == [(ids["failed"], 1)]
 
     @pytest.mark.usefixtures("ids")
-    def test_search_and_pages_work_for_each_list(
-        self, connection: Connection
-    ) -> None:
+    def test_search_and_pages_work_for_each_list(self, connection: Connection) -> None:
         for listed, name in (
             (list_lagging, "later"),
             (list_retries, "sooner"),

@@ -30,7 +30,8 @@ def filled(databases: Databases) -> Iterator[Engine]:
             connection.exec_driver_sql(
                 "INSERT INTO checkpoints.checkpoints"
                 " (subscription_id, stream_name, stream_version, stream_position, reserved_until)"
-                f" SELECT {subscription}, 'account-' || n, 1, CASE WHEN mod(n, 400) = 0 THEN 0 ELSE 1 END,"
+                f" SELECT {subscription}, 'account-' || n, 1,"
+                " CASE WHEN mod(n, 400) = 0 THEN 0 ELSE 1 END,"
                 f" CASE WHEN mod(n, 1000) = 1 THEN '{FAR_AHEAD}'::timestamptz END"
                 f" FROM generate_series(1, {CHECKPOINTS}) AS n"
             )
