@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import DDL, Connection, MetaData
+from sqlalchemy.dialects import postgresql
 
 __all__ = ["create_schema", "create_triggers", "drop_functions"]
 
@@ -134,7 +135,7 @@ FOR EACH ROW EXECUTE FUNCTION %(schema)s.checkpoint_postprocessor()
 CREATE OR REPLACE TRIGGER subscription_notifier
 AFTER UPDATE OF status ON %(schema)s.subscriptions
 FOR EACH ROW
-WHEN (NEW.status IN ('active', 'replay') AND OLD.status NOT IN ('active', 'replay'))
+WHEN (NEW.status IN ('active', 'replay') AND OLD.status <> NEW.status)
 EXECUTE FUNCTION %(schema)s.subscription_notifier()
 """,
 )
@@ -149,8 +150,12 @@ _DROP = (
 
 
 def create_schema(target: MetaData, connection: Connection, **_: Any) -> None:
-    """Make the schema unless it is there."""
-    _execute(target, connection, "CREATE SCHEMA IF NOT EXISTS %(schema)s")
+    """Make the schema unless it is there.
+
+    CREATE SCHEMA IF NOT EXISTS alone would need the right to create one in any case.
+    """
+    if not connection.dialect.has_schema(connection, _schema(target, connection)):
+        _execute(target, connection, "CREATE SCHEMA IF NOT EXISTS %(schema)s")
 
 
 def create_triggers(target: MetaData, connection: Connection, **_: Any) -> None:
@@ -163,10 +168,16 @@ def drop_functions(target: MetaData, connection: Connection, **_: Any) -> None:
     _execute(target, connection, *_DROP)
 
 
-def _execute(target: MetaData, connection: Connection, *templates: str) -> None:
-    """Execute DDL in the schema that the connection's `schema_translate_map` gives."""
+def _schema(target: MetaData, connection: Connection) -> str:
+    """The schema that the connection's `schema_translate_map` gives."""
     translated = connection.get_execution_options().get("schema_translate_map") or {}
-    schema = translated.get(target.schema, target.schema) or connection.dialect.default_schema_name
-    quoted = connection.dialect.identifier_preparer.quote(str(schema))
+    given = translated.get(target.schema, target.schema) or connection.dialect.default_schema_name
+    return str(given)
+
+
+def _execute(target: MetaData, connection: Connection, *templates: str) -> None:
+    # A driver's paramstyle would double each % in the name, as DDL() does.
+    preparer = postgresql.dialect(paramstyle="named").identifier_preparer  # type: ignore[no-untyped-call]
+    quoted = preparer.quote(_schema(target, connection))
     for template in templates:
         connection.execute(DDL(template, context={"schema": quoted}))  # type: ignore[no-untyped-call]

@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--update-rendered",
         action="store_true",
-        help="rewrite tests/rendered/ with the SQL of today, to be reviewed as a diff",
+        help="rewrite tests/rendered/ and docs/reference/ as of today, to be reviewed as a diff",
     )
 
 

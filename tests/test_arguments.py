@@ -143,10 +143,10 @@ OPTIONAL = {
 }
 
 CASES = [
-    pytest.param(call, name, value, error, id=f"{call}-{name}-{value!r}"[:60])
+    pytest.param(call, name, value, error, id=f"{call}-{name}-{number}")
     for call, (_, arguments) in CALLS.items()
     for name in [*arguments, *OPTIONAL.get(call, [])]
-    for value, error in BAD_VALUES.get(name, [])
+    for number, (value, error) in enumerate(BAD_VALUES.get(name, []))
 ]
 
 

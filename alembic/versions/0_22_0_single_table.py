@@ -42,11 +42,37 @@ BEFORE INSERT OR UPDATE ON %(schema)s.checkpoints
 FOR EACH ROW EXECUTE FUNCTION %(schema)s.checkpoint_preprocessor()
 """
 
+# Waiting for a table lock makes every later user of the table wait behind it. So it waits for two
+# seconds, lets the others pass, and tries again, for about two minutes in all.
+LOCK = """
+DO $$
+DECLARE
+  attempts integer = 0;
+BEGIN
+  LOOP
+    BEGIN
+      SET LOCAL lock_timeout = '2s';
+      LOCK TABLE %(schema)s.checkpoints IN ACCESS EXCLUSIVE MODE;
+      SET LOCAL lock_timeout = '100ms';
+      LOCK TABLE %(schema)s.subscriptions, %(schema)s.subscription_groups IN ACCESS EXCLUSIVE MODE;
+      EXIT;
+    EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+      attempts = attempts + 1;
+      IF attempts >= 40 THEN
+        RAISE;
+      END IF;
+      PERFORM pg_sleep(1);
+    END;
+  END LOOP;
+END $$
+"""
+
 
 def execute(statement: str) -> None:
     """Run DDL with the schema's name quoted in it."""
-    context = op.get_context()
-    quoted = context.dialect.identifier_preparer.quote(context.version_table_schema)
+    schema = op.get_context().version_table_schema
+    # A driver's paramstyle would double each %, as DDL() does.
+    quoted = postgresql.dialect(paramstyle="named").identifier_preparer.quote(schema)
     op.execute(sa.DDL(statement, context={"schema": quoted}))
 
 
@@ -215,6 +241,7 @@ def upgrade() -> None:
 def downgrade() -> None:
     """Nothing but the schema, which holds Alembic's version table."""
     schema = op.get_context().version_table_schema
+    execute(LOCK)
     op.drop_table("checkpoints", schema=schema)
     op.drop_table("subscriptions", schema=schema)
     op.drop_table("subscription_groups", schema=schema)

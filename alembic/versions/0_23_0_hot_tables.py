@@ -1,15 +1,19 @@
 """The hot tables: what can be claimed and what is claimed, beside the main table.
 
-Safe on a live system. One short transaction, begun only when the lock is free, makes the tables
+Safe on a live system. One short transaction, begun only when the locks are free, makes the tables
 and the triggers; from its commit on every write is projected. Then rows that were there before
-are projected in batches, each a transaction. After an interruption `alembic upgrade` begins this
-revision again, and it finds what is done.
+are projected in batches, each a transaction. Until that is done consumers that reserve from the
+hot tables are given fewer checkpoints than there are, and no wrong ones.
+
+After an interruption `alembic upgrade` begins this revision again, and it finds what is done. To
+give up instead, let it finish and then downgrade: until then the database says 0.22.0.
 
 Revision ID: 0.23.0
 Revises: 0.22.0
 """
 
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
 
 from alembic import op
 
@@ -126,13 +130,23 @@ FOR EACH ROW EXECUTE FUNCTION %(schema)s.checkpoint_postprocessor()
 CREATE OR REPLACE TRIGGER subscription_notifier
 AFTER UPDATE OF status ON %(schema)s.subscriptions
 FOR EACH ROW
-WHEN (NEW.status IN ('active', 'replay') AND OLD.status NOT IN ('active', 'replay'))
+WHEN (NEW.status IN ('active', 'replay') AND OLD.status <> NEW.status)
 EXECUTE FUNCTION %(schema)s.subscription_notifier()
 """,
 )
 
+# Until every row is projected: projecting one is no change of it, and leaves its updated_at.
+PREPROCESSOR_OF_THE_BACKFILL = PREPROCESSOR.replace(
+    "    NEW.updated_at = statement_timestamp();\n",
+    "    IF coalesce(current_setting('checkpoints.backfill', true), '') <> 'on' THEN\n"
+    "      NEW.updated_at = statement_timestamp();\n"
+    "    END IF;\n",
+)
+
 # Waiting for a table lock makes every later writer wait behind it. So it waits for two seconds,
-# lets the others pass, and tries again, for about two minutes in all.
+# lets the others pass, and tries again, for about two minutes in all. It waits only for the first
+# table, and holds nothing then: with one table locked, a wait for the next could close a circle
+# with a transaction that has the next and wants the first, and end in a deadlock of a second.
 LOCK = """
 DO $$
 DECLARE
@@ -141,9 +155,11 @@ BEGIN
   LOOP
     BEGIN
       SET LOCAL lock_timeout = '2s';
-      LOCK TABLE %(tables)s IN %(mode)s MODE;
+      LOCK TABLE %(first)s IN %(mode)s MODE;
+      SET LOCAL lock_timeout = '100ms';
+      LOCK TABLE %(others)s IN %(mode)s MODE;
       EXIT;
-    EXCEPTION WHEN lock_not_available THEN
+    EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
       attempts = attempts + 1;
       IF attempts >= 40 THEN
         RAISE;
@@ -154,62 +170,115 @@ BEGIN
 END $$
 """
 
-# The rows of a batch are locked in the order that every statement keeps to. What is inserted is
-# read again after that, and only of locked rows: nobody else moves them meanwhile. A row that broke
-# the rule before there was one is updated to what it is, and the triggers mend it.
+# The triggers write the hot tables as the role that writes to `checkpoints`, which need not be the
+# role that migrates: who may write there may write here, who may read there may read here.
+GRANTS = """
+DO $$
+DECLARE
+  granted record;
+BEGIN
+  FOR granted IN
+    SELECT CASE grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)) END AS role,
+           CASE WHEN bool_or(privilege_type IN ('INSERT', 'UPDATE'))
+             THEN 'SELECT, INSERT, UPDATE, DELETE'
+             ELSE 'SELECT'
+           END AS privileges
+    FROM (
+      SELECT (aclexplode(relacl)).*, relowner AS owner FROM pg_class
+      WHERE oid = to_regclass('%(literal)s.checkpoints')
+      UNION ALL
+      SELECT (aclexplode(attacl)).*, relowner FROM pg_attribute
+      JOIN pg_class ON pg_class.oid = attrelid
+      WHERE attrelid = to_regclass('%(literal)s.checkpoints')
+    ) AS privileges
+    WHERE grantee <> owner AND privilege_type IN ('SELECT', 'INSERT', 'UPDATE')
+    GROUP BY grantee
+  LOOP
+    EXECUTE 'GRANT ' || granted.privileges
+      || ' ON %(literal)s.checkpoints_ready, %(literal)s.checkpoints_reserved TO ' || granted.role;
+  END LOOP;
+END $$
+"""
+
+# A row is projected by an update of nothing: the trigger does the rest, and mends a row that broke
+# the rule before there was one. It must be an update: a transaction of another isolation level that
+# began before would not see the new hot rows, and so leave them behind when it moves the row; the
+# new version of the row makes it fail instead, to be tried again.
+#
+# A batch takes the rows that nobody has locked, and so never waits while it holds locks: whatever
+# order others lock in, none of them is the victim of a deadlock. What was skipped is waited for at
+# the end, one row at a time, two minutes at most.
+#
+# The isolation level is the role's default otherwise, and every statement needs a new snapshot.
+# The subqueries stay index look-ups, however the hot tables grow meanwhile.
 BACKFILL = """
 DO $$
 DECLARE
   after_id bigint = -9223372036854775808;
   last_id bigint;
+  unprojected bigint[];
   locked bigint[];
-  attempts integer = 0;
+  skipped bigint[] = '{}';
+  skipped_id bigint;
+  attempts integer;
 BEGIN
   LOOP
+    COMMIT;
+    SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
     SELECT max(id) INTO last_id
     FROM (
       SELECT id FROM %(schema)s.checkpoints WHERE id > after_id ORDER BY id LIMIT 5000
     ) AS batch;
     EXIT WHEN last_id IS NULL;
-    BEGIN
-      SET LOCAL lock_timeout = '2s';
-      SELECT array_agg(id) INTO locked
+    SELECT array_agg(id) INTO unprojected
+    FROM %(schema)s.checkpoints AS main
+    WHERE id > after_id AND id <= last_id
+      AND (
+        CASE
+          WHEN status = 'retry' OR (status = 'active' AND stream_version > stream_position)
+            THEN process_at IS NULL
+          ELSE status = 'active' AND process_at IS NOT NULL AND reserved_until IS NULL
+        END
+        OR CASE WHEN reserved_until IS NULL THEN process_at END IS DISTINCT FROM (
+          SELECT ready.process_at FROM %(schema)s.checkpoints_ready AS ready
+          WHERE ready.id = main.id
+        )
+        OR reserved_until IS DISTINCT FROM (
+          SELECT reserved.reserved_until FROM %(schema)s.checkpoints_reserved AS reserved
+          WHERE reserved.id = main.id
+        )
+      );
+    IF unprojected IS NOT NULL THEN
+      SELECT coalesce(array_agg(id), '{}') INTO locked
       FROM (
         SELECT id FROM %(schema)s.checkpoints
-        WHERE id > after_id AND id <= last_id
-          AND (process_at IS NOT NULL OR reserved_until IS NOT NULL OR status = 'retry'
-               OR (status = 'active' AND stream_version > stream_position))
-        ORDER BY subscription_id, stream_name
-        FOR NO KEY UPDATE
+        WHERE id = ANY (unprojected)
+        FOR NO KEY UPDATE SKIP LOCKED
       ) AS candidates;
-      UPDATE %(schema)s.checkpoints
-      SET process_at = process_at
-      WHERE id = ANY (locked)
-        AND CASE
-              WHEN status = 'retry' OR (status = 'active' AND stream_version > stream_position)
-                THEN process_at IS NULL
-              ELSE status = 'active' AND process_at IS NOT NULL AND reserved_until IS NULL
-            END;
-      INSERT INTO %(schema)s.checkpoints_ready (id, process_at)
-      SELECT id, process_at FROM %(schema)s.checkpoints
-      WHERE id = ANY (locked) AND process_at IS NOT NULL AND reserved_until IS NULL
-      ON CONFLICT (id) DO NOTHING;
-      INSERT INTO %(schema)s.checkpoints_reserved (id, reserved_until)
-      SELECT id, reserved_until FROM %(schema)s.checkpoints
-      WHERE id = ANY (locked) AND reserved_until IS NOT NULL
-      ON CONFLICT (id) DO NOTHING;
-      after_id = last_id;
-      attempts = 0;
-    EXCEPTION WHEN lock_not_available THEN
-      attempts = attempts + 1;
-      IF attempts >= 40 THEN
-        RAISE;
-      END IF;
-    END;
-    COMMIT;
-    IF attempts > 0 THEN
-      PERFORM pg_sleep(1);
+      PERFORM set_config('checkpoints.backfill', 'on', true);
+      UPDATE %(schema)s.checkpoints SET process_at = process_at WHERE id = ANY (locked);
+      skipped = skipped || ARRAY(SELECT unnest(unprojected) EXCEPT SELECT unnest(locked));
     END IF;
+    after_id = last_id;
+  END LOOP;
+
+  FOREACH skipped_id IN ARRAY skipped LOOP
+    attempts = 0;
+    LOOP
+      COMMIT;
+      SET TRANSACTION ISOLATION LEVEL READ COMMITTED;
+      BEGIN
+        SET LOCAL lock_timeout = '2s';
+        PERFORM set_config('checkpoints.backfill', 'on', true);
+        UPDATE %(schema)s.checkpoints SET process_at = process_at WHERE id = skipped_id;
+        EXIT;
+      EXCEPTION WHEN lock_not_available OR deadlock_detected THEN
+        attempts = attempts + 1;
+        IF attempts >= 60 THEN
+          RAISE;
+        END IF;
+      END;
+    END LOOP;
   END LOOP;
 END $$
 """
@@ -243,14 +312,23 @@ def execute(statement: str, **context: str) -> None:
 
 
 def quoted_schema() -> str:
-    """The schema that is migrated, as SQL."""
-    context = op.get_context()
-    return context.dialect.identifier_preparer.quote(context.version_table_schema)
+    """The schema as SQL. A driver's paramstyle would double each %, as DDL() does."""
+    schema = op.get_context().version_table_schema
+    return postgresql.dialect(paramstyle="named").identifier_preparer.quote(schema)
 
 
-def lock(mode: str, *tables: str) -> None:
-    """Lock tables until the transaction ends, waiting in short turns."""
-    execute(LOCK, mode=mode, tables=", ".join(f"{quoted_schema()}.{table}" for table in tables))
+def lock(mode: str, first: str, *others: str) -> None:
+    """Lock tables until the transaction ends, waiting in short turns.
+
+    The first is the one that every writer locks first.
+    """
+    schema = quoted_schema()
+    execute(
+        LOCK,
+        mode=mode,
+        first=f"{schema}.{first}",
+        others=", ".join(f"{schema}.{table}" for table in others),
+    )
 
 
 def create_hot_table(name: str, comment: str, time: sa.Column) -> None:
@@ -273,7 +351,7 @@ def create_hot_table(name: str, comment: str, time: sa.Column) -> None:
 
 def upgrade() -> None:
     """Make the hot tables, fill them, and have triggers keep them."""
-    lock("SHARE ROW EXCLUSIVE", "subscriptions", "checkpoints")
+    lock("SHARE ROW EXCLUSIVE", "checkpoints", "subscriptions")
     create_hot_table(
         "checkpoints_ready",
         "Projection of checkpoints, kept by a trigger: what can be claimed",
@@ -294,11 +372,14 @@ def upgrade() -> None:
             comment="Its reserved_until: when the reservation expires",
         ),
     )
-    for statement in (PREPROCESSOR, POSTPROCESSOR, SUBSCRIPTION_NOTIFIER, *TRIGGERS):
+    execute(GRANTS, literal=quoted_schema().replace("'", "''"))
+    functions = (PREPROCESSOR_OF_THE_BACKFILL, POSTPROCESSOR, SUBSCRIPTION_NOTIFIER)
+    for statement in (*functions, *TRIGGERS):
         execute(statement)
     with op.get_context().autocommit_block():
         execute(BACKFILL)
         execute("ANALYZE %(schema)s.checkpoints_ready, %(schema)s.checkpoints_reserved")
+    execute(PREPROCESSOR)
 
 
 def downgrade() -> None:
@@ -306,8 +387,8 @@ def downgrade() -> None:
     schema = op.get_context().version_table_schema
     lock(
         "ACCESS EXCLUSIVE",
-        "subscriptions",
         "checkpoints",
+        "subscriptions",
         "checkpoints_ready",
         "checkpoints_reserved",
     )

@@ -1,11 +1,13 @@
 """Reads a git history: each path is a stream, each commit that touches it a message."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -17,6 +19,8 @@ __all__ = ["Change", "Commit", "Repository", "log_lines", "parse_log", "read_com
 # A user's configuration must not change what `git log` says or how it says it. Settings that
 # have no option of `git log` in every version are overridden with -c.
 _CONFIGURATION = {
+    "core.attributesFile": "/dev/null",
+    "core.bigFileThreshold": "512m",
     "core.quotePath": "true",
     "diff.relative": "false",
     "log.mailmap": "false",
@@ -39,23 +43,24 @@ _LOG = (
     "--encoding=UTF-8",
     "-O/dev/null",
 )
-# Left by a git hook or a script, they would name another repository or change the diff.
-_DISTURBING = (
-    "GIT_DIR",
-    "GIT_WORK_TREE",
-    "GIT_INDEX_FILE",
-    "GIT_NAMESPACE",
-    "GIT_PREFIX",
-    "GIT_OBJECT_DIRECTORY",
-    "GIT_COMMON_DIR",
-    "GIT_EXTERNAL_DIFF",
-    "GIT_DIFF_OPTS",
-    "GIT_TRACE",
+# Of git's variables, a hook or a script may have left some that name another repository or change
+# the diff. Kept are those that say where things are, and the user's configuration, which may
+# declare the repository safe.
+_KEPT = (
+    "GIT_CONFIG",
+    "GIT_EXEC_PATH",
+    "GIT_CEILING_DIRECTORIES",
+    "GIT_DISCOVERY_ACROSS_FILESYSTEM",
 )
 _MARK = b"\x02"
 _CHUNK = 1 << 16
-# A key of a B-tree index is at most 2,704 bytes long, a path of git 4,096 and more.
-_NAME_BYTES = 2000
+# A key of a B-tree index is at most 2,704 bytes long, one of these is an author and a path, and
+# a path of git alone can have 4,096 bytes and more.
+_NAME_BYTES = 1200
+
+
+class _Truncated(DemoError):
+    """The output ends where more must follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,24 +70,29 @@ class Repository:
     path: Path
     head: str
     commits: int
+    shallow: bool
 
     @classmethod
-    def at(cls, path: Path) -> "Repository":
+    def at(cls, path: Path) -> Repository:
         """Find the repository of a directory: a clone, a directory inside one, or a bare one.
 
         Raises:
             DemoError: no directory, no repository, no commit, or git refuses.
         """
-        if not path.is_dir():
-            raise DemoError(f"{str(path)!r} is not a directory; name a git repository with --repo")
-        _answer(path, "rev-parse", "--git-dir")
+        advice = "name a git repository with --repo"
+        if not os.path.isdir(path):
+            raise DemoError(f"{str(path)!r} is not a directory; {advice}")
+        try:
+            shallow = _answer(path, "rev-parse", "--is-shallow-repository") == "true"
+        except DemoError as error:
+            if "not a git repository" not in str(error):
+                raise
+            raise DemoError(f"{str(path)!r} is not in a git repository; {advice}") from error
         try:
             head = _answer(path, "rev-parse", "--quiet", "--verify", "HEAD^{commit}")
         except DemoError as error:
-            raise DemoError(
-                f"the git repository {str(path)!r} has no commits at HEAD; name another with --repo"
-            ) from error
-        return cls(path, head, int(_answer(path, "rev-list", "--count", head)))
+            raise DemoError(f"{str(path)!r} has no commits at HEAD; {advice}") from error
+        return cls(path, head, int(_answer(path, "rev-list", "--count", head)), shallow)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +131,14 @@ def text_of(name: bytes) -> str:
     return f"{text[: _NAME_BYTES // 4]}\\#{hashlib.sha256(name).hexdigest()}"
 
 
-def read_commits(repository: Repository) -> Iterator[Commit]:
+def read_commits(repository: Repository) -> Generator[Commit]:
     """The commits, the oldest first; one at a time is held in memory."""
     header = f"--format={_MARK.decode()}%H%x00%P%x00%an <%ae>"
     with _output(repository.path, *_LOG, "-z", "--reverse", header, repository.head, "--") as out:
         yield from parse_log(out)
 
 
-def log_lines(repository: Repository, header: str) -> Iterator[bytes]:
+def log_lines(repository: Repository, header: str) -> Generator[bytes]:
     """The same log in git's form for people: the newest first, by line, odd names quoted."""
     with _output(repository.path, *_LOG, f"--format={header}", repository.head, "--") as out:
         yield from out
@@ -169,19 +179,26 @@ def _tokens(stream: IO[bytes]) -> Iterator[bytes]:
         *whole, pending = (pending + chunk).split(b"\0")
         yield from whole
     if pending:
-        raise DemoError(f"git log ended in the middle: {pending[:80]!r}")
+        raise _Truncated(f"git log ended in the middle: {pending[:80]!r}")
 
 
 def _command(path: Path, *arguments: str) -> list[str]:
-    settings = (f"-c{name}={value}" for name, value in _CONFIGURATION.items())
-    # -c and its value are two words for git.
-    pairs = [word for setting in settings for word in ("-c", setting[2:])]
-    return ["git", "--no-pager", "-C", str(path), *pairs, *arguments]
+    settings = [word for pair in _CONFIGURATION.items() for word in ("-c", "=".join(pair))]
+    return ["git", "--no-pager", "-C", str(path), *settings, *arguments]
 
 
 def _environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in _DISTURBING}
-    return kept | {"LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_OPTIONAL_LOCKS": "0"}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("GIT_") or name.startswith(_KEPT)
+    }
+    return kept | {
+        "LC_ALL": "C",
+        "GIT_ATTR_NOSYSTEM": "1",
+        "GIT_OPTIONAL_LOCKS": "0",
+        "GIT_TERMINAL_PROMPT": "0",
+    }
 
 
 def _answer(path: Path, *arguments: str) -> str:
@@ -191,7 +208,7 @@ def _answer(path: Path, *arguments: str) -> str:
 
 @contextlib.contextmanager
 def _output(path: Path, *arguments: str) -> Iterator[IO[bytes]]:
-    """What git writes; it is ended when the reader stops early, and believed only when it ends well."""
+    """What git writes; believed only when git ends well, and ended when the reader stops early."""
     # A file, for nobody reads git's complaints while it works, and a full pipe would stop it.
     with tempfile.TemporaryFile() as complaints:
         try:
@@ -203,12 +220,18 @@ def _output(path: Path, *arguments: str) -> Iterator[IO[bytes]]:
                 env=_environment(),
                 start_new_session=True,  # Ctrl-C is for the parent, which ends git itself
             )
-        except FileNotFoundError as error:
-            raise DemoError("git is not installed; the demonstration reads with it") from error
+        except OSError as error:
+            raise DemoError(
+                f"git, which the history is read with, cannot be run: {error}"
+            ) from error
         with process:
             assert process.stdout is not None  # noqa: S101  # for the type checker
             try:
                 yield process.stdout
+            except _Truncated:
+                # Why git ended says more, if it says anything.
+                if process.wait() == 0:
+                    raise
             except BaseException:
                 process.kill()
                 raise

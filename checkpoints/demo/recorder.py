@@ -1,8 +1,11 @@
 """The recorder: reads the commits in order, stores messages and raises the checkpoints."""
 
+from __future__ import annotations
+
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,46 +34,69 @@ class Recorded:
 
 
 class Recorder(threading.Thread):
-    """Records the history in the background; `error` is what ended it early."""
+    """Records the history in the background; `error` is what ended it early.
+
+    At each of the numbers of commits in `gates` it waits for `go_on()`.
+    """
 
     def __init__(
-        self, engine: Engine, repository: Repository, subscription_ids: Sequence[int]
+        self,
+        engine: Engine,
+        repository: Repository,
+        subscription_ids: Sequence[int],
+        *,
+        gates: Collection[int] = (),
     ) -> None:
         super().__init__(name="recorder", daemon=True)
         self.recorded = Recorded()
+        self.waits = False
         self.error: Exception | None = None
         self._engine = engine
-        self._repository = repository
+        self.repository = repository
         self._subscription_ids = subscription_ids
-        self._stopped = threading.Event()
+        self._gates = gates
+        self._opened = threading.Event()
+        self._stopped = False
         # One number per path: what grows with the history is in the database alone.
         self._versions: defaultdict[str, int] = defaultdict(int)
 
     def run(self) -> None:
         """Read to the end, or until stopped."""
         try:
-            for batch in self._batches():
-                if self._stopped.is_set():
-                    return
-                self._record(batch)
+            with closing(self._batches()) as batches:
+                for batch in batches:
+                    self._record(batch)
+                    if self.recorded.commits in self._gates and not self._stopped:
+                        self.waits = True
+                        self._opened.wait()
+                        self._opened.clear()
+                    if self._stopped:
+                        return
         except Exception as error:
             self.error = error
 
+    def go_on(self) -> None:
+        """Open the gate at which it waits."""
+        self.waits = False
+        self._opened.set()
+
     def stop(self) -> None:
         """End after the batch at hand, and wait for that."""
-        self._stopped.set()
+        self._stopped = True
+        self._opened.set()
         if self.ident is not None:
             self.join()
 
-    def _batches(self) -> Iterator[list[Commit]]:
+    def _batches(self) -> Generator[list[Commit]]:
         batch: list[Commit] = []
         size = 0
-        for commit in read_commits(self._repository):
-            batch.append(commit)
-            size += len(commit.changes) or 1
-            if size >= _BATCH:
-                yield batch
-                batch, size = [], 0
+        with closing(read_commits(self.repository)) as commits:
+            for number, commit in enumerate(commits, 1):
+                batch.append(commit)
+                size += len(commit.changes) or 1
+                if size >= _BATCH or number in self._gates:
+                    yield batch
+                    batch, size = [], 0
         if batch:
             yield batch
 
@@ -111,8 +137,7 @@ class Recorder(threading.Thread):
             recorded.commits += 1
             recorded.changes += len(commit.changes)
             recorded.binaries += sum(change.binary for change in commit.changes)
-            if commit.parents > 1 and not commit.changes:
-                recorded.merges += 1
-            elif not commit.changes:
-                recorded.empty += 1
+            recorded.merges += commit.parents > 1
+            # git gives a merge no changes of its own, so that says nothing about it.
+            recorded.empty += commit.parents <= 1 and not commit.changes
         recorded.streams = len(self._versions)

@@ -15,10 +15,11 @@ def claim(prefix: str, due_at: Column[datetime], *conditions: ColumnElement[bool
 
     The due rows come in order, and each is looked up and locked before the next: a join in one
     step may be planned as one over all rows at hand, or sorted only after all of them are locked.
-    The hot row is locked first: one that another consumer took meanwhile is gone, and its main row
-    stays unlocked. `conditions` ask the main row again: when another transaction changed it
-    meanwhile, PostgreSQL checks them once more on what it became. Never without OF: that would
-    lock the group and the subscription, and hold up all other consumers.
+    Only the main row is locked, which guards the checkpoint: a hot row locked beside it would stay
+    locked when the main row is passed over, and its holder would wait for this transaction.
+    `conditions` ask the main row again: when another transaction changed it meanwhile, PostgreSQL
+    checks them once more on what it became. Never without OF: that would lock the group and the
+    subscription, and hold up all other consumers.
     """
     hot = due_at.table
     due = (
@@ -29,17 +30,16 @@ def claim(prefix: str, due_at: Column[datetime], *conditions: ColumnElement[bool
     )
     locked = (
         select(checkpoints.c.id)
-        .join_from(hot, checkpoints, checkpoints.c.id == hot.c.id)
         .join(subscriptions, subscriptions.c.id == checkpoints.c.subscription_id)
         .join(
             subscription_groups, subscription_groups.c.id == subscriptions.c.subscription_group_id
         )
         .where(
-            hot.c.id == due.c.id,
+            checkpoints.c.id == due.c.id,
             subscription_groups.c.name == template.string(f"{prefix}_group_name"),
             *conditions,
         )
-        .with_for_update(of=[hot, checkpoints], key_share=True, skip_locked=True)
+        .with_for_update(of=checkpoints, key_share=True, skip_locked=True)
         .lateral("locked")
     )
     return template.materialized(

@@ -68,9 +68,9 @@ def reserve_next_available_checkpoint(
 
     Rows, those due longest first: id, subscription_id, subscription_name, stream_name,
     stream_position, stream_version, retry_attempts, status, replay_target_position (None: no
-    replay), reserved_until (the token), process_at (since when it was due). None: nothing is due,
+    replay), reserved_until (the token), process_at (since when it was due). No row: nothing is due,
     or others hold it, or there is no such group. Locks what it claims until the transaction ends,
-    and never waits for a lock.
+    and what another took at the very same moment; never waits for a lock.
     """
     return _reserve().params(
         reserve_group_name=arguments.name("group_name", group_name),
@@ -157,7 +157,7 @@ def get_next_process_at(
     For a consumer that found nothing, to sleep no longer than that. Locks nothing.
 
     Rows: id, process_at, due_in (from now, by the database's clock; negative: it is due, and
-    others hold it). None: nothing is ready.
+    others hold it). No row: nothing is ready.
     """
     return _next_process_at().params(
         next_group_name=arguments.name("group_name", group_name),
@@ -219,7 +219,8 @@ def update_checkpoint_position(
     that still lags is ready again, at `process_at` (a timedelta: so long from now; None: now). Run
     it in the transaction of the handler's own writes.
 
-    Rows: id, stream_version, stream_position. None: the reservation is lost. Locks the checkpoint.
+    Rows: id, stream_version, stream_position. No row: the reservation is lost. Locks the
+    checkpoint.
     """
     return _update().params(
         **_held("update", id, reserved_until),
@@ -267,7 +268,7 @@ def record_checkpoint_error(
     the position and the time. Run it in a transaction of its own, after the handler's was rolled
     back.
 
-    Rows: id, status. None: the reservation is lost. Locks the checkpoint.
+    Rows: id, status. No row: the reservation is lost. Locks the checkpoint.
     """
     status = arguments.member("status", status, CheckpointStatus)
     if status is CheckpointStatus.ACTIVE:
@@ -318,7 +319,7 @@ def release_checkpoint_reservation(id: int, reserved_until: datetime | None = No
     A consumer names its token. An operator gives None and ends whatever reservation there is; its
     holder finds its token gone.
 
-    Rows: id. None: the reservation is lost, or for an operator, there was none. Locks the
+    Rows: id. No row: the reservation is lost, or for an operator, there was none. Locks the
     checkpoint.
     """
     if reserved_until is None:
@@ -360,8 +361,8 @@ def extend_checkpoint_reservation(
 
     Works after the reservation expired too, as long as nobody recovered it.
 
-    Rows: id, reserved_until, which is the new token; the old one is gone. None: the reservation is
-    lost. Locks the checkpoint.
+    Rows: id, reserved_until, which is the new token; the old one is gone. No row: the reservation
+    is lost. Locks the checkpoint.
     """
     return _extend().params(
         **_held("extend", id, reserved_until),

@@ -86,8 +86,9 @@ def list_reservations(
 def list_lagging(*, search: str | None = None, offset: int = 0, limit: int = 25) -> ListedSelect:
     """Active checkpoints with messages left to process, those due longest first.
 
-    Arguments and rows are as of `list_failed`. Those that wait for a retry or have failed stand in
-    lists of their own.
+    Those that wait for a retry or have failed stand in lists of their own. `search`, `offset`,
+    `limit` and total_results are as of `list_reservations`; the other columns are those of
+    `list_failed`.
     """
     return _list_lagging().params(_page("lagging", search, offset, limit))
 
@@ -95,7 +96,8 @@ def list_lagging(*, search: str | None = None, offset: int = 0, limit: int = 25)
 def list_retries(*, search: str | None = None, offset: int = 0, limit: int = 25) -> ListedSelect:
     """Checkpoints that failed and wait for another attempt, the next one first.
 
-    Arguments and rows are as of `list_failed`.
+    `search`, `offset`, `limit` and total_results are as of `list_reservations`; the other columns
+    are those of `list_failed`.
     """
     return _list_retries().params(_page("retries", search, offset, limit))
 
@@ -261,7 +263,7 @@ def get_checkpoint(
 
     Rows: id, subscription_id, group_name, name (of the subscription), subscription_status,
     stream_name, stream_version, stream_position, status, retry_attempts, retries, process_at,
-    reserved_until, created_at, updated_at. None: there is no such checkpoint.
+    reserved_until, created_at, updated_at. No row: there is no such checkpoint.
     """
     return _get_checkpoint().params(get_checkpoint_id=arguments.identifier("id", id))
 

@@ -13,13 +13,17 @@ from sqlalchemy import (
     ColumnElement,
     FromClause,
     Select,
+    Table,
     Text,
     and_,
     case,
+    delete,
+    exists,
     func,
     null,
     or_,
     select,
+    union_all,
     update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
@@ -77,23 +81,41 @@ def _projected() -> FromClause:
     ).outerjoin(checkpoints_reserved, checkpoints_reserved.c.id == checkpoints.c.id)
 
 
-@cache
+def _orphans(hot: Table) -> tuple[ColumnElement[bool], ColumnElement[str]]:
+    """Rows of a hot table whose checkpoint is gone, and how that is called."""
+    is_orphan = ~exists(select(checkpoints.c.id).where(checkpoints.c.id == hot.c.id))
+    return is_orphan, template.word(f"is in {hot.name} and there is no such checkpoint")
+
+
+_HOT_TABLES = (checkpoints_ready, checkpoints_reserved)
+
+
 def audit_checkpoints() -> Select[int, str]:
     """Every violation of the rule. It reads all of the three tables and locks nothing.
 
-    Rows: id, violation; one row for each rule that a checkpoint breaks. None: all is well.
+    Rows: id, violation; one row for each rule that a checkpoint breaks. No row: all is well.
     """
+    return _audit()
+
+
+@cache
+def _audit() -> Select[int, str]:
     violation: ColumnElement[Any] = func.unnest(_violations(), type_=Text()).label("violation")
-    return select(checkpoints.c.id, violation).select_from(_projected()).order_by(checkpoints.c.id)
+    found = [select(checkpoints.c.id, violation).select_from(_projected())]
+    for hot in _HOT_TABLES:
+        is_orphan, called = _orphans(hot)
+        found.append(select(hot.c.id, called).where(is_orphan))
+    either = union_all(*found).subquery("either")
+    return select(either.c.id, either.c.violation).order_by(either.c.id, either.c.violation)
 
 
 def repair_checkpoints(*, limit: int = 1000) -> Select[int, list[str]]:
     """Mend checkpoints that break the rule, at most `limit`.
 
-    The main row is believed. Call it, each time in a transaction of its own, until no row comes
-    back.
+    The main row is believed; rows of the hot tables without one are deleted, all at once. Call it,
+    each time in a transaction of its own, until no row comes back.
 
-    Rows: id, violations (the list of what was mended). None: all is well. Reads all of the three
+    Rows: id, violations (the list of what was mended). No row: all is well. Reads all of the three
     tables; locks what it mends in the common order and waits.
     """
     return _repair().params(repair_limit=arguments.limit("limit", limit))
@@ -119,4 +141,10 @@ def _repair() -> Select[int, list[str]]:
         .returning(checkpoints.c.id)
         .cte("repaired")
     )
-    return select(repaired.c.id, broken.c.violations).join(broken, broken.c.id == repaired.c.id)
+    mended = [select(repaired.c.id, broken.c.violations).join(broken, broken.c.id == repaired.c.id)]
+    for hot in _HOT_TABLES:
+        is_orphan, called = _orphans(hot)
+        deleted = delete(hot).where(is_orphan).returning(hot.c.id).cte(f"deleted_of_{hot.name}")
+        mended.append(select(deleted.c.id, sql_array([called])))
+    either = union_all(*mended).subquery("either")
+    return select(either.c.id, either.c.violations)

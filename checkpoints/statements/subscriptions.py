@@ -33,7 +33,7 @@ def get_subscription(
 ) -> Select[int, SubscriptionStatus, int, int | None]:
     """A subscription by its names. Locks nothing.
 
-    Rows: id, status, subscription_group_id, replay_target_position (None: no replay). None: there
+    Rows: id, status, subscription_group_id, replay_target_position (None: no replay). No row: there
     is no such subscription.
     """
     return _get().params(
@@ -143,7 +143,7 @@ def set_subscription_status(id: int, status: SubscriptionStatus) -> Select[int, 
     given none of it. Reservations that run go on to their end. Becoming active or replay wakes
     consumers that sleep.
 
-    Rows: id, status. None: there is no such subscription. Locks the subscription.
+    Rows: id, status. No row: there is no such subscription. Locks the subscription.
     """
     return _set_status().params(
         set_status_id=arguments.identifier("id", id),
@@ -177,7 +177,7 @@ def lock_checkpoint(
 ) -> Select[int, int, int, CheckpointStatus, datetime | None]:
     """Lock a checkpoint until the transaction ends, such as a recorder's own global position.
 
-    Rows: id, stream_version, stream_position, status, reserved_until. None: there is no such
+    Rows: id, stream_version, stream_position, status, reserved_until. No row: there is no such
     checkpoint. Waits for the lock, as long as `lock_timeout` lets it.
     """
     return _lock().params(

@@ -1,0 +1,1 @@
+"""What the contract claims of several connections at once."""

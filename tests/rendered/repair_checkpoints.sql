@@ -5,6 +5,17 @@ WHERE cardinality(array_remove(ARRAY[CASE WHEN (checkpoints.checkpoints.status =
  LIMIT %(repair_limit)s::INTEGER FOR NO KEY UPDATE OF checkpoints),
 repaired AS
 (UPDATE checkpoints.checkpoints SET process_at=checkpoints.checkpoints.process_at WHERE checkpoints.checkpoints.id = ANY (array((SELECT broken.id
-FROM broken))) RETURNING checkpoints.checkpoints.id)
- SELECT repaired.id, broken.violations
-FROM repaired JOIN broken ON broken.id = repaired.id
+FROM broken))) RETURNING checkpoints.checkpoints.id),
+deleted_of_checkpoints_ready AS
+(DELETE FROM checkpoints.checkpoints_ready WHERE NOT (EXISTS (SELECT checkpoints.checkpoints.id
+FROM checkpoints.checkpoints
+WHERE checkpoints.checkpoints.id = checkpoints.checkpoints_ready.id)) RETURNING checkpoints.checkpoints_ready.id),
+deleted_of_checkpoints_reserved AS
+(DELETE FROM checkpoints.checkpoints_reserved WHERE NOT (EXISTS (SELECT checkpoints.checkpoints.id
+FROM checkpoints.checkpoints
+WHERE checkpoints.checkpoints.id = checkpoints.checkpoints_reserved.id)) RETURNING checkpoints.checkpoints_reserved.id)
+ SELECT either.id, either.violations
+FROM (SELECT repaired.id AS id, broken.violations AS violations
+FROM repaired JOIN broken ON broken.id = repaired.id UNION ALL SELECT deleted_of_checkpoints_ready.id AS id, ARRAY['is in checkpoints_ready and there is no such checkpoint'] AS anon_1
+FROM deleted_of_checkpoints_ready UNION ALL SELECT deleted_of_checkpoints_reserved.id AS id, ARRAY['is in checkpoints_reserved and there is no such checkpoint'] AS anon_2
+FROM deleted_of_checkpoints_reserved) AS either

@@ -138,3 +138,25 @@ def _sql(connection: Connection, statement: Select[*tuple[Any, ...]]) -> str:
     context: Any = connection.execute(statement).context
     text: str = context.statement
     return text
+
+
+def test_one_statement_must_not_stand_twice_in_another(connection: Connection) -> None:
+    """SQLAlchemy binds parameters by name: one of the two would silently be the other again.
+
+    Should this test fail, SQLAlchemy has changed, and what the documentation forbids may work.
+    """
+    subscription = add_subscription(connection)
+    for name in ("account-1", "account-2"):
+        add_checkpoint(connection, subscription, name)
+    first, second = reserve(connection), reserve(connection)
+    completed = [
+        update_checkpoint_position(held.id, held.reserved_until, 3).cte(f"completed_{held.id}")
+        for held in (first, second)
+    ]
+    rows = connection.execute(
+        select(completed[0].c.id, completed[1].c.id).select_from(
+            completed[0].join(completed[1], literal(True))
+        )
+    ).all()
+    ((one, other),) = rows
+    assert one == other

@@ -1,0 +1,252 @@
+"""The parts of the reference that are made from the code, its docstrings and its SQL."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import Column, Computed, Enum, Index, Table, UniqueConstraint, make_url
+
+import checkpoints
+from checkpoints import errors, records, statements
+from checkpoints.tables import metadata
+from tests.docs.pages import ROOT
+
+RENDERED = ROOT / "tests" / "rendered"
+DIALECT = make_url("postgresql+psycopg://").get_dialect()()
+
+BY_ACTOR: dict[str, list[str]] = {
+    "The consumer": [
+        "reserve_next_available_checkpoint",
+        "update_checkpoint_position",
+        "record_checkpoint_error",
+        "release_checkpoint_reservation",
+        "extend_checkpoint_reservation",
+        "recover_expired_checkpoint_reservations",
+    ],
+    "The recorder": [
+        "record_checkpoints",
+        "advance_lagging_subscription_checkpoints",
+        "ensure_checkpoint_exists",
+        "lock_checkpoint",
+    ],
+    "Subscriptions": [
+        "get_subscription",
+        "add_or_update_subscription",
+        "set_subscription_status",
+    ],
+    "The operator": [
+        "get_metrics",
+        "list_reservations",
+        "list_lagging",
+        "list_retries",
+        "list_failed",
+        "get_checkpoint",
+        "schedule_checkpoints",
+        "skip_checkpoints",
+        "audit_checkpoints",
+        "repair_checkpoints",
+    ],
+}
+
+# A function with two forms of SQL, and what tells them apart.
+RENDERINGS: dict[str, dict[str, str]] = {
+    "release_checkpoint_reservation": {
+        "release_checkpoint_reservation": "With a token:",
+        "release_checkpoint_reservation_by_operator": "Without a token:",
+    }
+}
+
+
+def _default(value: object) -> str:
+    if isinstance(value, StrEnum):
+        return f"{type(value).__name__}.{value.name}"
+    return repr(value)
+
+
+def signature(name: str, function: Callable[..., Any], answer: str | None = None) -> str:
+    """A call, on one line if it is short."""
+    parts: list[str] = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name == "self":
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
+            parts.append("*")
+        part = f"{parameter.name}: {parameter.annotation}"
+        if parameter.default is not parameter.empty:
+            part += f" = {_default(parameter.default)}"
+        parts.append(part)
+    arrow = f" -> {answer}" if answer else ""
+    line = f"{name}({', '.join(parts)}){arrow}"
+    if len(line) <= 92:
+        return line
+    return "\n".join([f"{name}(", *(f"    {part}," for part in parts), f"){arrow}"])
+
+
+def prose(documented: object) -> str:
+    """A docstring as Markdown: its section of errors becomes a list."""
+    text = inspect.getdoc(documented) or ""
+    text, _, raised = text.partition("\nRaises:\n")
+    if raised:
+        entries = re.findall(r"^    (\w[\w., ]*): (.*?)(?=^    \w|\Z)", raised, re.M | re.S)
+        lines = [f"- `{name}`: {' '.join(what.split())}" for name, what in entries]
+        text = "\n".join([text, "Raises:", "", *lines])
+    return text.strip()
+
+
+def of_statements() -> str:
+    """Each statement: how it is called, what it does, its SQL."""
+    parts: list[str] = []
+    for actor, names in BY_ACTOR.items():
+        parts.append(f"## {actor}")
+        for name in names:
+            function = getattr(statements, name)
+            parts += [
+                f"### `{name}`",
+                f"```text\n{signature(name, function)}\n```",
+                prose(function),
+            ]
+            for rendering, title in RENDERINGS.get(name, {name: ""}).items():
+                parts += [title] if title else []
+                parts.append(f"```sql\n{(RENDERED / f'{rendering}.sql').read_text().strip()}\n```")
+    return "\n\n".join(parts)
+
+
+def of_methods() -> str:
+    """Each method of the executing layer."""
+    parts: list[str] = []
+    for actor, names in BY_ACTOR.items():
+        parts.append(f"## {actor}")
+        for name in names:
+            method = getattr(checkpoints.Checkpoints, name)
+            answer = str(inspect.signature(method).return_annotation)
+            parts += [
+                f"### `{name}`",
+                f"```text\n{signature(name, method, answer)}\n```",
+                prose(method),
+            ]
+    return "\n\n".join(parts)
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def of_records() -> str:
+    """The dataclasses and enumerations."""
+    parts: list[str] = []
+    for name in records.__all__:
+        record = getattr(records, name)
+        if not isinstance(record, type):
+            continue
+        parts += [f"## `{name}`", prose(record)]
+        if issubclass(record, StrEnum):
+            parts.append("\n".join(f"- `{member.name}`: `{member.value!r}`" for member in record))
+        elif is_dataclass(record):
+            lines = [_row("field", "type"), _row("---", "---")]
+            lines += [
+                _row(f"`{field.name}`", f"`{field.type}`".replace("|", "\\|"))
+                for field in fields(record)
+            ]
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def of_errors() -> str:
+    """Each error, with its root."""
+    parts: list[str] = []
+    for name in errors.__all__:
+        error = getattr(errors, name)
+        parts += [f"### `{name}`", prose(error), f"Base: `{error.__base__.__name__}`."]
+    return "\n\n".join(parts)
+
+
+def _type(column: Column[Any]) -> str:
+    if isinstance(column.type, Enum):
+        return f"{column.type.schema}.{column.type.name}"
+    compiled: str = column.type.compile(DIALECT)
+    return {"TIMESTAMP WITH TIME ZONE": "timestamptz"}.get(compiled, compiled.lower())
+
+
+def _default_of(column: Column[Any]) -> str:
+    if column.identity is not None:
+        return "identity"
+    if isinstance(column.computed, Computed):
+        return f"generated: `{column.computed.sqltext}`"
+    if column.server_default is not None:
+        default: Any = column.server_default
+        return f"`{default.arg}`"
+    return "null" if column.nullable else ""
+
+
+def _index(index: Index) -> str:
+    where = index.dialect_options["postgresql"]["where"]
+    columns = ", ".join(f"`{column.name}`" for column in index.columns)
+    return f"- `{index.name}`: {columns}" + ("" if where is None else f", where `{where}`")
+
+
+def _table(table: Table) -> str:
+    lines = [_row("column", "type", "default", "meaning"), _row(*["---"] * 4)]
+    lines += [
+        _row(f"`{column.name}`", f"`{_type(column)}`", _default_of(column), column.comment or "")
+        for column in table.columns
+    ]
+    keys = [f"- `{table.primary_key.name}`: primary key, `id`"]
+    for constraint in sorted(table.constraints, key=lambda each: str(each.name)):
+        if isinstance(constraint, UniqueConstraint):
+            unique = ", ".join(f"`{column.name}`" for column in constraint.columns)
+            keys.append(f"- `{constraint.name}`: unique, {unique}")
+    for key in sorted(table.foreign_keys, key=lambda each: each.parent.name):
+        deleted = f", on delete {key.ondelete.lower()}" if key.ondelete else ""
+        keys.append(
+            f"- `{key.constraint.name if key.constraint is not None else ''}`: "
+            f"`{key.parent.name}` references `{key.column.table.name}`{deleted}"
+        )
+    keys += [_index(index) for index in sorted(table.indexes, key=lambda each: str(each.name))]
+    return "\n\n".join(
+        [f"## `{table.name}`", f"{table.comment}.", "\n".join(lines), "\n".join(keys)]
+    )
+
+
+def of_tables() -> str:
+    """A diagram of the tables, and the columns, keys and indexes of each."""
+    diagram = ["erDiagram"]
+    for table in metadata.sorted_tables:
+        for key in table.foreign_keys:
+            many = "o|" if key.parent.primary_key else "o{"
+            diagram.append(f"    {key.column.table.name} ||--{many} {table.name} : has")
+    for table in metadata.sorted_tables:
+        diagram.append(f"    {table.name} {{")
+        for column in table.columns:
+            mark = " PK" if column.primary_key else " FK" if column.foreign_keys else ""
+            diagram.append(f"        {_type(column).rpartition('.')[2]} {column.name}{mark}")
+        diagram.append("    }")
+    shown = "\n".join(diagram)
+    return "\n\n".join(
+        [f"```mermaid\n{shown}\n```", *(_table(table) for table in metadata.sorted_tables)]
+    )
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "docs/reference/statements.md": of_statements,
+    "docs/reference/executing.md": of_methods,
+    "docs/reference/records.md": of_records,
+    "docs/reference/errors.md": of_errors,
+    "docs/reference/tables.md": of_tables,
+}
+
+BEGIN = "<!-- From here to the end of the mark, made by `pytest --update-rendered`. -->"
+END = "<!-- The end of what is made. -->"
+
+
+def renewed(page: str) -> str:
+    """The text of a page with its generated part as the code has it today."""
+    before, found, rest = (ROOT / page).read_text().partition(BEGIN)
+    _, ended, after = rest.partition(END)
+    assert found, f"{page} lacks the line {BEGIN}"
+    assert ended, f"{page} lacks the line {END}"
+    return f"{before}{BEGIN}\n\n{GENERATED[page]()}\n\n{END}{after}"

@@ -1,0 +1,1 @@
+"""The Alembic revisions and `metadata.create_all()`."""
