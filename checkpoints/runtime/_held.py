@@ -1,4 +1,4 @@
-"""The checkpoints that a blocking consumer holds, and their tokens, which change while it does."""
+"""The checkpoints that a consumer holds, and their tokens, which change while it does."""
 
 from __future__ import annotations
 
@@ -8,55 +8,90 @@ from contextlib import suppress
 from datetime import timedelta
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import SQLAlchemyError
 
 from checkpoints.errors import ReservationLost
 from checkpoints.records import Reservation
 
 
-class Held:
-    """A reservation in this process.
+class Holding:
+    """A reservation in this process: what threads and tasks have in common."""
 
-    `lock` is held by whoever uses or changes the token: the worker from the update of the position
-    to the commit, the keeper while it extends or gives up.
-    """
-
-    def __init__(self, reservation: Reservation) -> None:
+    def __init__(self, reservation: Reservation, reservation_timeout: timedelta) -> None:
         self.reservation = reservation
-        self.lock = threading.Lock()
-        self.held_since = time.monotonic()
+        self.reserved_at = self.extended_at = time.monotonic()
+        # By the database's clock alone: it was reserved a timeout before the reservation ends.
+        waited = reservation.reserved_until - reservation_timeout - reservation.process_at
+        self._waited = max(0.0, waited.total_seconds())
         self.started_at: float | None = None
-        self.lost = False
-        """The reservation is gone: no use of the token can succeed any more."""
-        self.abandoned = False
-        """Nobody waits for its worker any more."""
         self.finished = False
-        """Its worker is done with it, well or not."""
+        """Its handler has come to an end, well or not."""
         self.processed = False
         """The position was updated."""
-        self.ended = False
-        """Its reservation was ended by this process: extend it no more."""
-        self._connection: Connection | None = None
+        self.over = False
+        """The token is of no use any more: the reservation was ended here, or is lost."""
+        self.timed_out = False
+        """Its handler has been told to end, for it takes too long."""
+        self.abandoned = False
+        """Nobody waits for its handler any more, which must use the token no more either."""
+
+    def end(self) -> None:
+        """Use the token no more."""
+        self.over = True
 
     def check(self) -> None:
         """Raise unless the token may still be used."""
-        if self.lost or self.ended:
+        if self.over or self.abandoned:
             raise ReservationLost(self.reservation.id, self.reservation.reserved_until)
 
+    def runs_longer_than(self, longest: timedelta | None) -> bool:
+        """Whether its handler runs, and takes too long."""
+        if longest is None or self.started_at is None or self.finished or self.abandoned:
+            return False
+        return time.monotonic() - self.started_at > longest.total_seconds()
+
+    def took(self) -> float:
+        """The seconds since its handler began."""
+        return time.monotonic() - (self.started_at or self.reserved_at)
+
+    def latency(self) -> float:
+        """The seconds since the checkpoint was due."""
+        return self._waited + time.monotonic() - self.reserved_at
+
+
+class Held(Holding):
+    """Held by a blocking consumer.
+
+    `lock` is held by whoever uses or changes the token: the worker from the update of the position
+    to the commit, the keeper while it extends or gives up. Get a connection first, and then the
+    lock: the other way round, a handler that has the last connection would wait for the lock.
+    """
+
+    def __init__(self, reservation: Reservation, reservation_timeout: timedelta) -> None:
+        super().__init__(reservation, reservation_timeout)
+        self.lock = threading.Lock()
+        self.worker: threading.Thread | None = None
+        self._over = threading.Event()
+        self._guard = threading.Lock()
+        self._connection: Connection | None = None
+
+    def end(self) -> None:
+        super().end()
+        self._over.set()
+
+    def wait(self, seconds: float) -> None:
+        """Wait, but no longer than the token is of use."""
+        self._over.wait(seconds)
+
     def use(self, connection: Connection | None) -> None:
-        """The connection that the handler works on now."""
-        self._connection = connection
+        """The connection that the handler works on now; None before it goes back to the pool."""
+        with self._guard:
+            self._connection = connection
 
     def cancel(self) -> None:
         """Interrupt the statement that the handler waits for, if any."""
-        connection = self._connection
-        if connection is not None:
-            with suppress(SQLAlchemyError, AttributeError, OSError):
-                driver = connection.connection.driver_connection
+        # Guarded: else it might hit the next user of the connection.
+        with self._guard, suppress(Exception):
+            if self._connection is not None:
+                driver = self._connection.connection.driver_connection
                 if driver is not None:
                     driver.cancel_safe(timeout=5)
-
-    def running_for(self) -> timedelta:
-        """How long its handler has run."""
-        started = self.started_at
-        return timedelta(seconds=0 if started is None else time.monotonic() - started)

@@ -6,16 +6,15 @@ import threading
 import time
 from collections.abc import Callable
 
-from sqlalchemy import Connection, Engine, text
+from sqlalchemy import Connection, Engine
 
 from checkpoints.errors import ReservationLost
-from checkpoints.executing import Checkpoints
 from checkpoints.runtime import _outcomes as outcomes
 from checkpoints.runtime._held import Held
 from checkpoints.runtime._outage import OutageLog, is_outage
 from checkpoints.runtime._worker import Worker
 from checkpoints.runtime.settings import ConsumerSettings, jittered
-from checkpoints.runtime.telemetry import Telemetry, fields, logger
+from checkpoints.runtime.telemetry import Telemetry
 
 
 class Keeper(threading.Thread):
@@ -24,6 +23,7 @@ class Keeper(threading.Thread):
     def __init__(
         self,
         engine: Engine,
+        own: Engine,
         settings: ConsumerSettings,
         worker: Worker,
         telemetry: Telemetry,
@@ -32,131 +32,112 @@ class Keeper(threading.Thread):
     ) -> None:
         super().__init__(name=f"checkpoints-keeper-{settings.group}", daemon=True)
         self._engine = engine
+        self._own = own
         self._settings = settings
         self._worker = worker
         self._telemetry = telemetry
         self._outage = outage
         self._on_abandoned = on_abandoned
-        self._kept: dict[int, Held] = {}
+        self._kept: set[Held] = set()
         self._guard = threading.Lock()
         self._stopped = threading.Event()
         self._third = settings.reservation_timeout.total_seconds() / 3
         self._extends_running: bool | None = None
 
     def keep(self, held: Held) -> None:
-        """Extend this reservation until it is ended, lost or forgotten."""
+        """Extend this reservation until it is over or forgotten."""
         with self._guard:
-            self._kept[held.reservation.id] = held
+            self._kept.add(held)
 
     def forget(self, held: Held) -> None:
-        """Extend it no more."""
+        """Look after it no more."""
         with self._guard:
-            if self._kept.get(held.reservation.id) is held:
-                del self._kept[held.reservation.id]
+            self._kept.discard(held)
 
     def stop(self) -> None:
         """End soon."""
         self._stopped.set()
 
     def run(self) -> None:
-        """Keep until stopped."""
+        """Look after what is kept, and recover, until stopped: once in any case."""
         recover_at = time.monotonic()
-        while not self._stopped.is_set():
+        while True:
             try:
                 self._end_hanging()
                 self._extend_due()
                 if time.monotonic() >= recover_at:
                     recover_at = time.monotonic() + jittered(self._settings.recover_interval)
-                    self._recover()
+                    if self._recover() == outcomes.RECOVERED_AT_ONCE:
+                        recover_at = time.monotonic()
             except Exception as error:
                 if is_outage(error):
                     self._outage.away(error)
                 else:
-                    logger.exception("keeping failed", extra={"group": self._settings.group})
-            self._stopped.wait(self._settings.keeping_seconds(recover_at - time.monotonic()))
+                    outcomes.log_unexpected(self._settings.group, "keeping failed")
+            if self._stopped.wait(self._settings.keeping_seconds(recover_at - time.monotonic())):
+                return
 
     def _all(self) -> list[Held]:
         with self._guard:
-            for id, held in list(self._kept.items()):
-                if held.ended or held.lost:
-                    del self._kept[id]
-            return list(self._kept.values())
-
-    # --- hanging handlers
+            return list(self._kept)
 
     def _end_hanging(self) -> None:
-        longest = self._settings.handler_timeout
-        if longest is None:
-            return
+        """Interrupt handlers that take too long; free the slot of one that goes on regardless."""
         for held in self._all():
-            if held.running_for() > longest and not held.finished:
+            if not held.runs_longer_than(self._settings.handler_timeout):
+                continue
+            if not held.timed_out:
+                held.timed_out = True
                 held.cancel()
-                error = outcomes.timed_out(held.reservation, longest)
-                self._worker.record_error(held, error)
-                with held.lock:
-                    if held.finished or held.processed:
-                        continue
-                    held.abandoned = True
+            elif held.over or self._worker.give_up(held):
+                held.abandoned = True
                 self._on_abandoned(held)
 
     # --- extending
 
     def _extend_due(self) -> None:
         now = time.monotonic()
-        due = [held for held in self._all() if now - held.held_since >= self._third]
+        due = [held for held in self._all() if now - held.extended_at >= self._third]
+        due = [held for held in due if not held.over and self._may_extend(held)]
         if not due:
             return
-        with self._engine.connect() as connection:
-            if self._extends_running is None:
-                # With a snapshot older than the extension, the update of the position would fail.
-                self._extends_running = connection.get_isolation_level() == "READ COMMITTED"
-                connection.rollback()
+        with self._own.connect() as connection:
             for held in due:
-                if self._extends_running or held.started_at is None:
-                    self._extend(connection, held)
+                self._extend(connection, held)
         self._outage.back()
+
+    def _may_extend(self, held: Held) -> bool:
+        if held.started_at is None:
+            return True
+        if self._extends_running is None:
+            # With a snapshot older than the extension, the update of the position would fail.
+            with self._engine.connect() as connection:
+                self._extends_running = connection.get_isolation_level() == "READ COMMITTED"
+        return self._extends_running
 
     def _extend(self, connection: Connection, held: Held) -> None:
         # Whoever has the lock is ending the reservation.
         if not held.lock.acquire(blocking=False):
             return
         try:
-            if held.ended or held.lost:
+            if held.over:
                 return
             with connection.begin():
-                # Another transaction that holds the row must not keep the others from theirs.
-                connection.execute(
-                    text(f"SET LOCAL lock_timeout = {max(1, int(self._third * 500))}")
-                )
-                extended = Checkpoints(connection).extend_checkpoint_reservation(
-                    held.reservation, self._settings.reservation_timeout
-                )
+                extended = outcomes.extend(connection, held.reservation, self._settings)
             held.reservation = extended
-            held.held_since = time.monotonic()
+            held.extended_at = time.monotonic()
         except ReservationLost:
-            held.lost = True
+            self._worker.lose(held)
             held.cancel()
-            logger.warning(
-                "the reservation is lost while the handler runs", extra=fields(held.reservation)
-            )
         except Exception as error:
             if is_outage(error):
                 raise
-            logger.warning(
-                "a reservation could not be extended: %s", error, extra=fields(held.reservation)
-            )
+            outcomes.log_not_extended(self._settings.group, held.reservation, error)
         finally:
             held.lock.release()
 
-    # --- recovering
-
-    def _recover(self) -> None:
-        """End expired reservations, each counted as an attempt of a consumer that died or hung."""
-        while not self._stopped.is_set():
-            with self._engine.begin() as connection:
-                expired = Checkpoints(connection).record_expired_checkpoint_reservations(
-                    **outcomes.recovery(self._settings)
-                )
-            outcomes.log_expired(self._telemetry, expired)
-            if len(expired) < outcomes.RECOVERED_AT_ONCE:
-                return
+    def _recover(self) -> int:
+        with self._own.begin() as connection:
+            expired = outcomes.recover(connection, self._settings)
+        outcomes.log_expired(self._telemetry, self._settings.group, expired)
+        return len(expired)

@@ -1,23 +1,36 @@
-"""How a checkpoint may end in a consumer, what is recorded and said of it; without any waiting."""
+"""What a consumer does in the database, and what it says of it: the same for threads and asyncio.
+
+The functions of a connection block; the asyncio consumer calls them by `run_sync`.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum, auto
-from typing import Any, Self
+from functools import wraps
+from typing import ParamSpec, Self
 
+from sqlalchemy import Connection, func, select
+
+from checkpoints.executing import Checkpoints
 from checkpoints.records import CheckpointStatus, ExpiredReservation, JSONValue, Reservation
-from checkpoints.runtime.retry import RetryPolicy, describe_error
+from checkpoints.runtime._held import Holding
+from checkpoints.runtime._outage import Backoff, is_conflict, is_outage
+from checkpoints.runtime.retry import RetryPolicy, describe_error, message_of
 from checkpoints.runtime.settings import ConsumerSettings
 from checkpoints.runtime.telemetry import Telemetry, fields, logger
+from checkpoints.tables import subscription_groups, subscriptions
 
-CONFLICTS = 20
-"""After so many conflicts with other transactions in a row, one counts as the handler's error."""
+P = ParamSpec("P")
 
 RECOVERED_AT_ONCE = 100
+
+# After so many in a row, one counts as the handler's error.
+_CONFLICTS = 20
+_BROKEN = 5
 
 
 class Goal(Enum):
@@ -29,12 +42,39 @@ class Goal(Enum):
 
 
 @dataclass(slots=True)
-class Handled:
-    """What the handler answered, over the attempts of one run."""
+class Attempt:
+    """One attempt at a checkpoint, over its repetitions: the database may get in the way."""
 
     position: int | None = None
-    raised: bool = False
-    outside: bool = False
+    in_handler: bool = False
+    """The handler runs, or raised."""
+    connected: bool = False
+    """It had a connection."""
+    done_outside: bool = False
+    """A handler outside a transaction is done, and not run again when noting that fails."""
+    backoff: Backoff = field(default_factory=Backoff)
+    conflicts: int = 0
+    broken: int = 0
+
+    def repeat_in(self, error: BaseException, *, outside: bool, broken: bool) -> float | None:
+        """The seconds until the attempt is repeated; None: the error is the handler's.
+
+        `outside`: the handler has no transaction that could be repeated. `broken`: the connection
+        that the attempt had broke, whatever the handler made of that.
+        """
+        if outside and self.in_handler:
+            return None
+        if is_conflict(error):
+            self.conflicts += 1
+            return None if self.conflicts > _CONFLICTS else self.backoff.next() / 10
+        if not broken and (self.in_handler or not is_outage(error)):
+            return None
+        if self.connected:
+            # The database may be restarting; or this is what brings it down.
+            self.broken += 1
+            if self.broken > _BROKEN:
+                return None
+        return self.backoff.next()
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,15 +91,27 @@ class Failure:
     def of(cls, reservation: Reservation, error: BaseException, retry: RetryPolicy) -> Self:
         """What the policy says of this error."""
         attempt = reservation.retry_attempts + 1
-        if attempt >= retry.attempts_for(error):
-            return cls(error, attempt, CheckpointStatus.FAILED, None, describe_error(error))
+        failed = attempt >= retry.attempts_for(error)
         return cls(
             error,
             attempt,
-            CheckpointStatus.RETRY,
-            retry.delay_after(attempt),
+            CheckpointStatus.FAILED if failed else CheckpointStatus.RETRY,
+            None if failed else retry.delay_after(attempt),
             describe_error(error),
         )
+
+
+def timed_out(
+    reservation: Reservation, settings: ConsumerSettings, cause: BaseException | None = None
+) -> TimeoutError:
+    """The error of a handler that took too long; the cause says where it was ended."""
+    longest = settings.handler_timeout or timedelta(0)
+    error = TimeoutError(
+        f"the handler of {reservation.subscription_name!r} took longer than "
+        f"{longest.total_seconds():g} s"
+    )
+    error.__cause__ = cause
+    return error
 
 
 def check_transaction(reservation: Reservation, *, is_active: bool) -> None:
@@ -71,83 +123,239 @@ def check_transaction(reservation: Reservation, *, is_active: bool) -> None:
         )
 
 
-def pause(
-    reservation: Reservation, position: int | None, settings: ConsumerSettings
-) -> timedelta | None:
-    """How long a checkpoint waits that made no progress: else it came back at once, for ever."""
-    if position is None or position > reservation.stream_position:
-        return None
-    return settings.poll_interval
+# --- in the database
 
 
-def recovery(settings: ConsumerSettings) -> dict[str, Any]:
-    """The arguments of the recovery."""
-    return {
-        "group_name": settings.group,
-        "max_attempts": settings.retry.max_attempts,
-        "process_at": settings.retry.first_delay,
-        "limit": RECOVERED_AT_ONCE,
-    }
+def check_start(
+    connection: Connection, settings: ConsumerSettings, names: Collection[str] | None
+) -> None:
+    """Refuse an engine that commits each statement; warn of names that nothing has."""
+    driver = connection.connection.driver_connection
+    if getattr(driver, "autocommit", False):
+        raise ValueError(
+            "engine must not have the isolation level AUTOCOMMIT: what a handler writes and the "
+            "position would not commit together"
+        )
+    group = settings.group
+    there = set(
+        connection.scalars(
+            select(subscriptions.c.name)
+            .join(
+                subscription_groups,
+                subscription_groups.c.id == subscriptions.c.subscription_group_id,
+            )
+            .where(subscription_groups.c.name == group)
+        )
+    )
+    log_unknown(group, there, names)
 
 
-def timed_out(reservation: Reservation, longest: timedelta | None) -> TimeoutError:
-    """The error of a handler that took too long."""
-    seconds = 0 if longest is None else longest.total_seconds()
-    return TimeoutError(
-        f"the handler of {reservation.subscription_name!r} took longer than {seconds:g} s"
+def reserve(
+    connection: Connection, settings: ConsumerSettings, names: Collection[str] | None, limit: int
+) -> tuple[list[Reservation], timedelta | None]:
+    """Reserve; when nothing is to be had, say when the next is due."""
+    checkpoints = Checkpoints(connection)
+    reserved = checkpoints.reserve_next_available_checkpoint(
+        settings.group,
+        settings.reservation_timeout,
+        replay_mode=settings.replay_mode,
+        subscription_names=names,
+        limit=limit,
+    )
+    if reserved:
+        return reserved, None
+    return reserved, checkpoints.get_next_process_at(
+        settings.group, replay_mode=settings.replay_mode, subscription_names=names
     )
 
 
-def log_processed(telemetry: Telemetry, reservation: Reservation, took: timedelta) -> None:
+def update(
+    connection: Connection,
+    reservation: Reservation,
+    position: int | None,
+    settings: ConsumerSettings,
+) -> None:
+    """Move the checkpoint to what the handler answered."""
+    pause = None
+    if isinstance(position, int) and position <= reservation.stream_position:
+        # It made no progress: else it came back at once, for ever.
+        pause = settings.poll_interval
+    Checkpoints(connection).update_checkpoint_position(
+        reservation,
+        reservation.stream_version if position is None else position,
+        process_at=pause,
+    )
+
+
+def record(
+    connection: Connection, reservation: Reservation, failure: Failure, settings: ConsumerSettings
+) -> None:
+    """Note that an attempt failed."""
+    _wait_briefly(connection, settings)
+    Checkpoints(connection).record_checkpoint_error(
+        reservation,
+        reservation.stream_position,
+        status=failure.status,
+        retry_attempts=failure.attempt,
+        error=failure.description,
+        process_at=failure.delay,
+    )
+
+
+def extend(
+    connection: Connection, reservation: Reservation, settings: ConsumerSettings
+) -> Reservation:
+    """Keep the checkpoint; the reservation to go on with."""
+    _wait_briefly(connection, settings)
+    return Checkpoints(connection).extend_checkpoint_reservation(
+        reservation, settings.reservation_timeout
+    )
+
+
+def release(connection: Connection, reservation: Reservation, settings: ConsumerSettings) -> None:
+    """Give the checkpoint back."""
+    _wait_briefly(connection, settings)
+    Checkpoints(connection).release_checkpoint_reservation(reservation)
+
+
+def recover(connection: Connection, settings: ConsumerSettings) -> list[ExpiredReservation]:
+    """End expired reservations, each counted as an attempt of a consumer that died or hung."""
+    return Checkpoints(connection).record_expired_checkpoint_reservations(
+        settings.group,
+        max_attempts=settings.retry.max_attempts,
+        process_at=settings.retry.first_delay,
+        limit=RECOVERED_AT_ONCE,
+    )
+
+
+def _wait_briefly(connection: Connection, settings: ConsumerSettings) -> None:
+    """Whoever has the row locked for long must not keep the other checkpoints from their turn."""
+    milliseconds = max(10, int(settings.reservation_timeout.total_seconds() * 1000 / 60))
+    connection.execute(select(func.set_config("lock_timeout", f"{milliseconds}ms", True)))
+
+
+# --- what is said
+
+
+def _harmless(say: Callable[P, None]) -> Callable[P, None]:
+    """Logging and telemetry of the application's that raise must not stop the work."""
+
+    @wraps(say)
+    def said(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            say(*args, **kwargs)
+        except Exception:
+            # What is left to say it with is what has just failed.
+            return
+
+    return said
+
+
+@_harmless
+def log_unknown(group: str, there: set[str], names: Collection[str] | None) -> None:
+    """Subscriptions that handlers are for, and that are not there, or not yet."""
+    if not there and names is None:
+        logger.warning(
+            "the group %r has no subscriptions; nothing is processed until there are some",
+            group,
+            extra={"group": group},
+        )
+    for name in sorted(set(names or ()) - there):
+        logger.warning(
+            "no subscription named %r in the group %r; its handler waits until it is added",
+            name,
+            group,
+            extra={"group": group, "subscription": name},
+        )
+
+
+@_harmless
+def log_processed(telemetry: Telemetry, group: str, held: Holding) -> None:
     """The position was updated."""
-    telemetry.done(reservation, took)
-    logger.debug("processed in %.3f s", took.total_seconds(), extra=fields(reservation))
+    took = held.took()
+    telemetry.processed(held.reservation, took, held.latency())
+    logger.debug("processed in %.3f s", took, extra=fields(group, held.reservation))
 
 
-def log_lost(telemetry: Telemetry, reservation: Reservation) -> None:
-    """The reservation went to another while the handler ran."""
+@_harmless
+def log_lost(telemetry: Telemetry, group: str, reservation: Reservation) -> None:
+    """The reservation went to another while it was held."""
     telemetry.count("lost", 1, reservation.subscription_name)
     logger.warning(
         "the reservation was lost; what the handler wrote is rolled back",
-        extra=fields(reservation),
+        extra=fields(group, reservation),
     )
 
 
-def log_failure(telemetry: Telemetry, reservation: Reservation, failure: Failure) -> None:
+@_harmless
+def log_failure(
+    telemetry: Telemetry, group: str, reservation: Reservation, failure: Failure
+) -> None:
     """An attempt failed, and that was recorded."""
     failed = failure.status is CheckpointStatus.FAILED
-    telemetry.count("failed" if failed else "retried", 1, reservation.subscription_name)
+    telemetry.failed(reservation, failure.error, is_last=failed)
     logger.log(
         logging.ERROR if failed else logging.WARNING,
         "attempt %d failed%s: %s",
         failure.attempt,
         ", the last one" if failed else "",
-        failure.error,
+        message_of(failure.error),
         exc_info=failure.error,
-        extra=fields(reservation, attempt=failure.attempt),
+        extra=fields(group, reservation, attempt=failure.attempt),
     )
 
 
-def log_unrecorded(reservation: Reservation, failure: Failure, error: BaseException) -> None:
+@_harmless
+def log_unrecorded(
+    group: str, reservation: Reservation, failure: Failure, error: BaseException
+) -> None:
     """An attempt failed, and that could not be recorded."""
     logger.error(
         "an error could not be recorded, and its reservation will expire: %s",
-        error,
+        message_of(error),
         exc_info=failure.error,
-        extra=fields(reservation, attempt=failure.attempt),
+        extra=fields(group, reservation, attempt=failure.attempt),
     )
 
 
-def log_not_given_back(reservation: Reservation, error: BaseException) -> None:
+@_harmless
+def log_given_up(group: str, reservation: Reservation) -> None:
+    """A handler did not end in time when the consumer stopped."""
+    logger.warning(
+        "the consumer stops and gives the handler up; the checkpoint is given back",
+        extra=fields(group, reservation),
+    )
+
+
+@_harmless
+def log_not_given_back(group: str, reservation: Reservation, error: BaseException | None) -> None:
     """A reservation outlives its consumer."""
     logger.warning(
         "a reservation could not be given back and will expire: %s",
-        error,
-        extra=fields(reservation),
+        message_of(error) if error else "its handler is about to end it",
+        extra=fields(group, reservation),
     )
 
 
-def log_expired(telemetry: Telemetry, expired: Sequence[ExpiredReservation]) -> None:
+@_harmless
+def log_not_extended(group: str, reservation: Reservation, error: BaseException) -> None:
+    """A reservation could not be extended this time."""
+    logger.warning(
+        "a reservation could not be extended: %s",
+        message_of(error),
+        extra=fields(group, reservation),
+    )
+
+
+@_harmless
+def log_unexpected(group: str, what: str, reservation: Reservation | None = None) -> None:
+    """An error that nobody foresaw, now being handled."""
+    extra = {"group": group} if reservation is None else fields(group, reservation)
+    logger.exception(what, extra=extra)
+
+
+@_harmless
+def log_expired(telemetry: Telemetry, group: str, expired: Sequence[ExpiredReservation]) -> None:
     """Reservations of consumers that died or hung were ended."""
     telemetry.count("expired", len(expired))
     for record in expired:
@@ -156,5 +364,9 @@ def log_expired(telemetry: Telemetry, expired: Sequence[ExpiredReservation]) -> 
             logging.ERROR if failed else logging.WARNING,
             "a reservation expired; %s",
             "the checkpoint has failed" if failed else "another attempt follows",
-            extra={"checkpoint_id": record.id, "attempt": record.retry_attempts},
+            extra={
+                "group": group,
+                "checkpoint_id": record.id,
+                "attempt": record.retry_attempts,
+            },
         )

@@ -9,27 +9,31 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 
 from checkpoints.errors import ReservationLost
-from checkpoints.executing import Checkpoints
-from checkpoints.records import Reservation
 from checkpoints.runtime import _outcomes as outcomes
 from checkpoints.runtime._held import Held
-from checkpoints.runtime._outage import Backoff, OutageLog, is_conflict, is_outage
+from checkpoints.runtime._outage import Backoff, OutageLog, is_outage, is_passing
+from checkpoints.runtime._outcomes import Attempt, Failure
 from checkpoints.runtime.settings import ConsumerSettings, OutsideTransaction
 from checkpoints.runtime.telemetry import Telemetry
 
 
 class Worker:
-    """What the worker threads of a consumer share."""
+    """What the worker threads of a consumer share.
+
+    `engine` is the handlers'; `own` is for the consumer's own statements.
+    """
 
     def __init__(
         self,
         engine: Engine,
+        own: Engine,
         settings: ConsumerSettings,
         handler_of: Callable[[str], Any],
         telemetry: Telemetry,
         outage: OutageLog,
     ) -> None:
         self._engine = engine
+        self._own = own
         self._settings = settings
         self._handler_of = handler_of
         self._telemetry = telemetry
@@ -38,105 +42,124 @@ class Worker:
     def process(self, held: Held) -> None:
         """Run the handler to its end, whatever that is; it raises nothing."""
         held.started_at = time.monotonic()
-        with self._telemetry.span(held.reservation):
-            try:
-                self._try(held)
-            except ReservationLost:
-                held.lost = True
-                outcomes.log_lost(self._telemetry, held.reservation)
-            except BaseException as error:  # SystemExit in a handler, too
-                self.record_error(held, error)
-            else:
-                held.processed = True
-                outcomes.log_processed(self._telemetry, held.reservation, held.running_for())
-            finally:
-                held.use(None)
-
-    def _try(self, held: Held) -> None:
-        backoff = Backoff()
-        conflicts = 0
-        handled = outcomes.Handled()
-        while True:
-            try:
-                self._attempt(held, handled)
-                return
-            except ReservationLost:
-                raise
-            except Exception as error:
-                held.check()
-                if is_conflict(error) and conflicts < outcomes.CONFLICTS:
-                    conflicts += 1
-                    time.sleep(backoff.next() / 10)
-                elif is_outage(error) and not handled.raised:
-                    self._outage.away(error)
-                    time.sleep(backoff.next())
-                else:
-                    raise
-
-    def _attempt(self, held: Held, handled: outcomes.Handled) -> None:
-        """One transaction: what the handler does, and the update of the position."""
-        handler = self._handler_of(held.reservation.subscription_name)
-        handled.raised = False
-        if isinstance(handler, OutsideTransaction) and not handled.outside:
-            handled.raised = True
-            handled.position = handler.function(held.reservation)
-            handled.raised = False
-            # Once done it is not done again because the database went away after it.
-            handled.outside = True
-        with self._engine.connect() as connection:
-            held.use(connection)
-            if not handled.outside:
-                self._run(handler, connection, held.reservation, handled)
-            self._complete(connection, held, handled.position)
-
-    def _run(
-        self,
-        handler: Callable[[Connection, Reservation], int | None],
-        connection: Connection,
-        reservation: Reservation,
-        handled: outcomes.Handled,
-    ) -> None:
-        transaction = connection.begin()
         try:
-            handled.position = handler(connection, reservation)
+            with self._telemetry.span(held.reservation):
+                error = self._try(held)
+                held.finished = True
+                if error is None:
+                    outcomes.log_processed(self._telemetry, self._settings.group, held)
+                else:
+                    self._fail(held, error)
+        except ReservationLost:
+            self.lose(held)
         except BaseException:
-            # An error that it met on another connection, of its own, is its own.
-            handled.raised = not connection.invalidated
-            raise
-        outcomes.check_transaction(reservation, is_active=transaction.is_active)
+            outcomes.log_unexpected(self._settings.group, "a worker failed", held.reservation)
+        finally:
+            held.finished = True
+            if not held.abandoned:
+                held.end()
+
+    def lose(self, held: Held) -> None:
+        """The token is gone, or was ended here: then that was told already."""
+        if not (held.over or held.abandoned):
+            held.end()
+            outcomes.log_lost(self._telemetry, self._settings.group, held.reservation)
+
+    def _try(self, held: Held) -> BaseException | None:
+        """Run the handler until the position is updated; None, or the error of the handler."""
+        handler = self._handler_of(held.reservation.subscription_name)
+        attempt = Attempt()
+        while True:
+            attempt.in_handler = attempt.connected = False
+            broken = False
+            try:
+                if isinstance(handler, OutsideTransaction) and not attempt.done_outside:
+                    attempt.in_handler = True
+                    attempt.position = handler.function(held.reservation)
+                    attempt.in_handler = False
+                    attempt.done_outside = True
+                with self._engine.connect() as connection:
+                    attempt.connected = True
+                    held.use(connection)
+                    try:
+                        if not attempt.done_outside:
+                            self._run(handler, connection, held, attempt)
+                        self._complete(connection, held, attempt.position)
+                    finally:
+                        broken = connection.invalidated
+                        held.use(None)
+                return None
+            except BaseException as error:  # SystemExit in a handler, too
+                if isinstance(error, ReservationLost) and not attempt.in_handler:
+                    raise
+                held.check()
+                seconds = attempt.repeat_in(
+                    error, outside=isinstance(handler, OutsideTransaction), broken=broken
+                )
+                if held.timed_out or seconds is None:
+                    return error
+                if is_outage(error):
+                    self._outage.away(error)
+            held.wait(seconds)
+
+    def _run(self, handler: Any, connection: Connection, held: Held, attempt: Attempt) -> None:
+        transaction = connection.begin()
+        attempt.in_handler = True
+        attempt.position = handler(connection, held.reservation)
+        outcomes.check_transaction(held.reservation, is_active=transaction.is_active)
+        attempt.in_handler = False
 
     def _complete(self, connection: Connection, held: Held, position: int | None) -> None:
         with held.lock:
             held.check()
-            reservation = held.reservation
-            Checkpoints(connection).update_checkpoint_position(
-                reservation,
-                reservation.stream_version if position is None else position,
-                process_at=outcomes.pause(reservation, position, self._settings),
-            )
+            outcomes.update(connection, held.reservation, position, self._settings)
             connection.commit()
-            held.ended = True
+            held.processed = True
+            held.end()
         self._outage.back()
 
-    def record_error(self, held: Held, error: BaseException) -> None:
-        """End the reservation with an error: another attempt later, or failed."""
-        failure = outcomes.Failure.of(held.reservation, error, self._settings.retry)
+    def _fail(self, held: Held, error: BaseException) -> None:
+        """Record the error: waits for the database, but no longer than the token is of use."""
+        if held.timed_out:
+            error = outcomes.timed_out(held.reservation, self._settings, error)
+        failure = Failure.of(held.reservation, error, self._settings.retry)
+        backoff = Backoff()
+        while not self._record(held, failure, wait=True):
+            held.wait(backoff.next())
+
+    def give_up(self, held: Held) -> bool:
+        """Record that a handler that nobody can stop took too long; False: not now."""
+        error = outcomes.timed_out(held.reservation, self._settings)
+        failure = Failure.of(held.reservation, error, self._settings.retry)
         try:
-            with held.lock:
-                held.check()
-                with self._engine.begin() as connection:
-                    Checkpoints(connection).record_checkpoint_error(
-                        held.reservation,
-                        held.reservation.stream_position,
-                        status=failure.status,
-                        retry_attempts=failure.attempt,
-                        error=failure.description,
-                        process_at=failure.delay,
-                    )
-                held.ended = True
+            return self._record(held, failure, wait=False)
         except ReservationLost:
-            held.lost = True
-        except Exception as unrecorded:
-            outcomes.log_unrecorded(held.reservation, failure, unrecorded)
+            self.lose(held)
+            return True
+
+    def _record(self, held: Held, failure: Failure, *, wait: bool) -> bool:
+        """End the reservation with an error: another attempt later, or failed; False: not now."""
+        group = self._settings.group
+        try:
+            with self._own.connect() as connection:
+                if not held.lock.acquire(blocking=wait):
+                    return False
+                try:
+                    held.check()
+                    with connection.begin():
+                        outcomes.record(connection, held.reservation, failure, self._settings)
+                    held.end()
+                finally:
+                    held.lock.release()
+        except ReservationLost:
+            raise
+        except Exception as error:
+            if is_passing(error):
+                if is_outage(error):
+                    self._outage.away(error)
+                return False
+            held.end()
+            outcomes.log_unrecorded(group, held.reservation, failure, error)
         else:
-            outcomes.log_failure(self._telemetry, held.reservation, failure)
+            outcomes.log_failure(self._telemetry, group, held.reservation, failure)
+        return True

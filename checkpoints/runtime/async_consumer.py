@@ -5,76 +5,89 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
-from contextlib import suppress
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar, Unpack
 
-from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.util import greenlet_spawn
 
 from checkpoints.errors import ReservationLost
-from checkpoints.executing import AsyncCheckpoints
 from checkpoints.records import Reservation
 from checkpoints.runtime import _outcomes as outcomes
-from checkpoints.runtime._outage import Backoff, OutageLog, is_conflict, is_outage
-from checkpoints.runtime._outcomes import Goal
-from checkpoints.runtime.listening import listen_sql
+from checkpoints.runtime._held import Holding
+from checkpoints.runtime._outage import Backoff, OutageLog, is_outage, is_passing
+from checkpoints.runtime._outcomes import Attempt, Failure, Goal
+from checkpoints.runtime.listening import listen_sql, open_connection
 from checkpoints.runtime.settings import (
+    ConsumerOptions,
     ConsumerSettings,
     OutsideTransaction,
     checked_handlers,
+    held_up_backoff,
     jittered,
 )
-from checkpoints.runtime.telemetry import Telemetry, fields, logger
+from checkpoints.runtime.telemetry import Telemetry, logger
 
 __all__ = ["AsyncConsumer", "AsyncHandler"]
 
 AsyncHandler: TypeAlias = Callable[[AsyncConnection, Reservation], Awaitable[int | None]]
 """As `Handler`, a coroutine function."""
 
+_T = TypeVar("_T")
 
-async def _uninterrupted(coroutine: Coroutine[Any, Any, None]) -> None:
+# At the end: how long a handler may take to clean up after it was cancelled.
+_PATIENCE = 2.0
+
+
+async def _uninterrupted(task: asyncio.Task[_T]) -> _T:
     """Await it to its end, also when cancelled: cut in two, nobody would know how it ended."""
-    task = asyncio.create_task(coroutine)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        # Also so that asyncio does not say that nobody looked at it.
+        task.exception()
+        raise cancelled
+    return task.result()
 
 
-class _Held:
-    """A reservation in this process, and the task that processes it."""
+async def _wait(event: asyncio.Event, seconds: float | None) -> bool:
+    """Wait for the event; whether it was set in time."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    return event.is_set()
 
-    def __init__(self, reservation: Reservation) -> None:
-        self.reservation = reservation
-        # Held by whoever uses or changes the token.
+
+class _Held(Holding):
+    """Held by an asyncio consumer; its lock is held by whoever uses or changes the token."""
+
+    def __init__(self, reservation: Reservation, settings: ConsumerSettings) -> None:
+        super().__init__(reservation, settings.reservation_timeout)
         self.lock = asyncio.Lock()
-        self.held_since = time.monotonic()
-        self.started_at: float | None = None
         self.task: asyncio.Task[None] | None = None
-        self.lost = False
-        self.ended = False
-        self.timed_out = False
 
-    def check(self) -> None:
-        """Whether the token may still be used."""
-        if self.lost or self.ended:
-            raise ReservationLost(self.reservation.id, self.reservation.reserved_until)
-
-    def running_for(self) -> timedelta:
-        """How long its handler has run."""
-        started = self.started_at
-        return timedelta(seconds=0 if started is None else time.monotonic() - started)
+    def cancel(self) -> None:
+        """Cancel its handler, if it was started."""
+        if self.task is not None:
+            self.task.cancel()
 
 
 class AsyncConsumer:
     """`Consumer` for asyncio: handlers are coroutine functions, and run in the caller's loop.
 
-    A handler whose reservation is lost, or that takes too long, is cancelled. An
-    `OutsideTransaction` wraps a coroutine function of the reservation.
+    A handler whose reservation is lost, or that takes too long, is cancelled; when it goes on in
+    spite of that, another takes its slot. An `OutsideTransaction` wraps a coroutine function of the
+    reservation. A handler that blocks the loop blocks the consumer, too: its reservations expire.
+
+    All methods are to be called in the loop's thread.
     """
 
     def __init__(
@@ -82,19 +95,26 @@ class AsyncConsumer:
         engine: AsyncEngine,
         group: str,
         handlers: AsyncHandler
-        | OutsideTransaction
-        | Mapping[str, AsyncHandler | OutsideTransaction],
-        **settings: Any,
+        | OutsideTransaction[Awaitable[int | None]]
+        | Mapping[str, AsyncHandler | OutsideTransaction[Awaitable[int | None]]],
+        **settings: Unpack[ConsumerOptions],
     ) -> None:
+        if not isinstance(engine, AsyncEngine):
+            raise TypeError(f"engine must be an AsyncEngine, not {engine!r}")
         self._engine = engine
+        # Its own statements are one a transaction, and gain nothing by a stricter level.
+        self._own = engine.execution_options(isolation_level="READ COMMITTED")
         self._settings = ConsumerSettings(group=group, **settings)
-        self._by_name, self._for_all = checked_handlers(handlers)
-        self._names = None if self._by_name is None else list(self._by_name)
+        self._names, self._handler_of = checked_handlers(handlers, blocking=False)
         self._telemetry = Telemetry(group)
         self._outage = OutageLog(group)
-        self._waiting: list[_Held] = []
-        self._running: dict[int, _Held] = {}
+        self._third = self._settings.reservation_timeout.total_seconds() / 3
+        self._extends_running: bool | None = None
+        self._serving = False
         self._woken = asyncio.Event()
+        self._waiting: deque[_Held] = deque()
+        self._running: set[_Held] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._stops = 0
         self._processed = 0
 
@@ -103,324 +123,383 @@ class AsyncConsumer:
 
         When its task is cancelled it gives up at once what runs, and gives back all that it holds.
         """
-        loop = asyncio.get_running_loop()
-        numbers = (signal.SIGTERM, signal.SIGINT) if handle_signals else ()
-        handled = []
-        for number in numbers:
-            # Not outside the main thread, and not on every platform.
-            with suppress(NotImplementedError, RuntimeError, ValueError):
-                loop.add_signal_handler(number, self.stop)
-                handled.append(number)
-        try:
+        with self._signals() if handle_signals else nullcontext():
             await self._serve(Goal.NEVER)
-        finally:
-            for number in handled:
-                loop.remove_signal_handler(number)
 
     async def run_once(self) -> int:
         """Process one batch of what is due now; how many checkpoints were processed."""
         return await self._serve(Goal.ONE_BATCH)
 
     async def drain(self) -> int:
-        """Process until nothing is due; how many checkpoints were processed."""
+        """Process until nothing is due; how many were processed; as `Consumer.drain`."""
         return await self._serve(Goal.DRAINED)
 
     def stop(self) -> None:
-        """End `run()` as SIGTERM does; from the loop's thread. Twice: at once."""
+        """End `run()` as SIGTERM does. Twice: at once.
+
+        While it does not run: the next `run()`, `run_once()` or `drain()` ends before it begins.
+        """
         self._stops += 1
         self._woken.set()
 
     def wake(self) -> None:
-        """Look for work now, as after a notification; from the loop's thread."""
+        """Look for work now, as after a notification."""
         self._woken.set()
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        handled = []
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # Not outside the main thread, and not on every platform.
+            with suppress(NotImplementedError, RuntimeError, ValueError):
+                before = signal.getsignal(number)
+                loop.add_signal_handler(number, self.stop)
+                handled.append((number, before))
+        try:
+            yield
+        finally:
+            for number, before in handled:
+                loop.remove_signal_handler(number)
+                # asyncio.run() has a handler of its own for SIGINT.
+                if before is not None:
+                    signal.signal(number, before)
 
     # --- dispatching
 
     async def _serve(self, goal: Goal) -> int:
-        self._stops = self._processed = 0
-        beside = [asyncio.create_task(self._keep())]
+        if self._serving:
+            raise RuntimeError("this consumer runs already: wait for its end, or make another")
+        self._serving = True
+        self._processed = 0
+        # Of this loop, which may be another than the last time.
+        self._woken = asyncio.Event()
+        ending = asyncio.Event()
+        keeping = asyncio.create_task(self._keep(ending))
+        listening = None
         if self._settings.listen and goal is Goal.NEVER:
-            beside.append(asyncio.create_task(self._listen()))
+            listening = asyncio.create_task(self._listen())
         try:
-            await self._dispatch(goal)
-        except asyncio.CancelledError:
-            self._stops = 2
-            raise
-        finally:
             try:
-                await self._finish()
+                await self._dispatch(goal)
+            except asyncio.CancelledError:
+                self._stops = 2
+                raise
             finally:
-                for task in beside:
-                    task.cancel()
-                await asyncio.gather(*beside, return_exceptions=True)
+                await self._finish()
+                ending.set()
+                await asyncio.wait({keeping}, timeout=_PATIENCE)
+        finally:
+            self._serving = False
+            # What came too late for this run is not meant for the next.
+            self._stops = 0
+            beside = {task for task in (keeping, listening) if task is not None}
+            for task in beside:
+                task.cancel()
+            # One that waits for a database that does not answer ends by itself, later.
+            await asyncio.wait(beside, timeout=_PATIENCE)
         return self._processed
 
     async def _dispatch(self, goal: Goal) -> None:
-        backoff = Backoff()
+        backoff, held_up = Backoff(), held_up_backoff()
+        checked = False
         while not self._stops:
             seconds: float | None = None
             self._woken.clear()
+            # Before reserving: what is done meanwhile may leave something for the next turn.
+            was_running = bool(self._running)
             room = self._settings.room(len(self._waiting) + len(self._running))
             if room:
                 try:
-                    reserved, due_in = await self._reserve(room)
+                    if not checked:
+                        async with self._engine.connect() as connection:
+                            await connection.run_sync(
+                                outcomes.check_start, self._settings, self._names
+                            )
+                        checked = True
+                    reserving = asyncio.create_task(self._reserve(room))
+                    reserved, due_in = await _uninterrupted(reserving)
                 except Exception as error:
-                    if not is_outage(error):
+                    if not is_passing(error):
                         raise
                     self._outage.away(error)
                     seconds = backoff.next()
                 else:
                     self._outage.back()
                     backoff.reset()
-                    self._waiting.extend(_Held(reservation) for reservation in reserved)
                     self._hand_out()
                     if goal is Goal.ONE_BATCH:
                         await self._settle()
                         return
                     if not reserved:
-                        if goal is Goal.DRAINED and not self._running:
+                        if goal is Goal.DRAINED and not was_running:
                             return
-                        seconds = self._settings.idle_seconds(due_in)
+                        seconds = self._settings.idle_seconds(due_in, held_up)
                     elif self._settings.room(len(self._waiting) + len(self._running)):
                         continue
-            await self._await_wake(seconds)
+            await _wait(self._woken, seconds)
+
+    async def _reserve(self, limit: int) -> tuple[bool, timedelta | None]:
+        """Reserve, to hand out or give back; when nothing is to be had, when the next is due."""
+        async with self._own.begin() as connection:
+            reserved, due_in = await connection.run_sync(
+                outcomes.reserve, self._settings, self._names, limit
+            )
+        self._telemetry.count("reserved", len(reserved))
+        self._waiting.extend(_Held(one, self._settings) for one in reserved)
+        return bool(reserved), due_in
 
     async def _settle(self) -> None:
         while (self._waiting or self._running) and not self._stops:
-            await self._await_wake(None)
             self._woken.clear()
-
-    async def _await_wake(self, seconds: float | None) -> None:
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._woken.wait(), seconds)
-
-    async def _reserve(self, limit: int) -> tuple[list[Reservation], timedelta | None]:
-        """Reserve; when nothing is to be had, say when the next is due."""
-        async with self._engine.begin() as connection:
-            checkpoints = AsyncCheckpoints(connection)
-            reserved = await checkpoints.reserve_next_available_checkpoint(
-                self._settings.group,
-                self._settings.reservation_timeout,
-                replay_mode=self._settings.replay_mode,
-                subscription_names=self._names,
-                limit=limit,
-            )
-            due_in = None
-            if not reserved:
-                due_in = await checkpoints.get_next_process_at(
-                    self._settings.group,
-                    replay_mode=self._settings.replay_mode,
-                    subscription_names=self._names,
-                )
-        self._telemetry.count("reserved", len(reserved))
-        return reserved, due_in
+            await _wait(self._woken, None)
 
     def _hand_out(self) -> None:
         while self._waiting and len(self._running) < self._settings.concurrency:
-            held = self._waiting.pop(0)
-            if held.lost:
+            held = self._waiting.popleft()
+            if held.over:
                 continue
-            self._running[held.reservation.id] = held
+            self._running.add(held)
             held.task = asyncio.create_task(self._process(held))
-            held.task.add_done_callback(lambda _, held=held: self._on_done(held))  # type: ignore[misc]
+            self._tasks.add(held.task)
+            held.task.add_done_callback(lambda task, held=held: self._on_done(task, held))  # type: ignore[misc]
 
-    def _on_done(self, held: _Held) -> None:
-        if self._running.get(held.reservation.id) is held:
-            del self._running[held.reservation.id]
-        if not self._stops:
-            self._hand_out()
-        self._woken.set()
+    def _on_done(self, task: asyncio.Task[None], held: _Held) -> None:
+        self._tasks.discard(task)
+        self._free(held)
+
+    def _free(self, held: _Held) -> None:
+        """Its slot is for the next."""
+        if held in self._running:
+            self._running.discard(held)
+            if not self._stops:
+                self._hand_out()
+            self._woken.set()
 
     # --- one checkpoint
 
     async def _process(self, held: _Held) -> None:
         held.started_at = time.monotonic()
-        with self._telemetry.span(held.reservation):
-            try:
-                await self._try(held)
-                self._processed += 1
-                outcomes.log_processed(self._telemetry, held.reservation, held.running_for())
-            except ReservationLost:
-                held.lost = True
-                outcomes.log_lost(self._telemetry, held.reservation)
-            except asyncio.CancelledError:
-                if held.ended:
-                    self._processed += 1
-                    outcomes.log_processed(self._telemetry, held.reservation, held.running_for())
-                elif held.timed_out:
-                    await self._record_error(
-                        held, outcomes.timed_out(held.reservation, self._settings.handler_timeout)
-                    )
-                elif held.lost:
-                    outcomes.log_lost(self._telemetry, held.reservation)
-                else:
-                    raise
-            except Exception as error:
-                await self._record_error(held, error)
-
-    async def _try(self, held: _Held) -> None:
-        backoff = Backoff()
-        conflicts = 0
-        handled = outcomes.Handled()
-        while True:
-            try:
-                await self._attempt(held, handled)
-                return
-            except ReservationLost:
+        try:
+            with self._telemetry.span(held.reservation):
+                error = await self._try(held)
+                held.finished = True
+                if error is not None:
+                    await self._fail(held, error)
+        except ReservationLost:
+            self._lose(held)
+        except asyncio.CancelledError:
+            # The consumer gave it up, and has told so; or else the loop ends.
+            if not (held.over or held.abandoned):
                 raise
-            except Exception as error:
-                held.check()
-                if is_conflict(error) and conflicts < outcomes.CONFLICTS:
-                    conflicts += 1
-                    await asyncio.sleep(backoff.next() / 10)
-                elif is_outage(error) and not handled.raised:
-                    self._outage.away(error)
-                    await asyncio.sleep(backoff.next())
-                else:
-                    raise
+        except Exception:
+            outcomes.log_unexpected(self._settings.group, "a handler's task failed")
+        finally:
+            if held.processed:
+                self._processed += 1
+                outcomes.log_processed(self._telemetry, self._settings.group, held)
+            held.finished = True
 
-    async def _attempt(self, held: _Held, handled: outcomes.Handled) -> None:
-        """One transaction: what the handler does, and the update of the position."""
-        name = held.reservation.subscription_name
-        handler = self._for_all if self._by_name is None else self._by_name[name]
-        handled.raised = False
-        if isinstance(handler, OutsideTransaction) and not handled.outside:
-            handled.raised = True
-            handled.position = await handler.function(held.reservation)
-            handled.raised = False
-            # Once done it is not done again because the database went away after it.
-            handled.outside = True
-        async with self._engine.connect() as connection:
-            if not handled.outside:
-                transaction = await connection.begin()
-                try:
-                    handled.position = await handler(connection, held.reservation)
-                except BaseException:
-                    # An error that it met on another connection, of its own, is its own.
-                    handled.raised = not connection.invalidated
+    def _lose(self, held: _Held) -> None:
+        """The token is gone, or was ended here: then that was told already."""
+        if not (held.over or held.abandoned):
+            held.end()
+            outcomes.log_lost(self._telemetry, self._settings.group, held.reservation)
+
+    async def _try(self, held: _Held) -> BaseException | None:
+        """Run the handler until the position is updated; None, or the error of the handler."""
+        handler = self._handler_of(held.reservation.subscription_name)
+        attempt = Attempt()
+        seconds: float | None = None
+        while True:
+            attempt.in_handler = attempt.connected = False
+            broken = False
+            try:
+                if seconds is not None:
+                    await asyncio.sleep(seconds)
+                if isinstance(handler, OutsideTransaction) and not attempt.done_outside:
+                    attempt.in_handler = True
+                    attempt.position = await handler.function(held.reservation)
+                    attempt.in_handler = False
+                    attempt.done_outside = True
+                async with self._engine.connect() as connection:
+                    attempt.connected = True
+                    try:
+                        if not attempt.done_outside:
+                            await self._run(handler, connection, held, attempt)
+                        await self._complete(connection, held, attempt.position)
+                    finally:
+                        broken = connection.invalidated
+                return None
+            except KeyboardInterrupt:
+                # In the loop's thread it is no error of the handler, but for the program.
+                raise
+            except BaseException as error:
+                if held.processed:
+                    return None
+                if isinstance(error, ReservationLost) and not attempt.in_handler:
                     raise
-                outcomes.check_transaction(held.reservation, is_active=transaction.is_active)
-            await _uninterrupted(self._complete(connection, held, handled.position))
+                if isinstance(error, asyncio.CancelledError) and self._is_cancelled(held):
+                    raise
+                held.check()
+                seconds = attempt.repeat_in(
+                    error, outside=isinstance(handler, OutsideTransaction), broken=broken
+                )
+                if held.timed_out or seconds is None:
+                    return error
+                if is_outage(error):
+                    self._outage.away(error)
+
+    def _is_cancelled(self, held: _Held) -> bool:
+        """Whether it was cancelled from outside: not by the handler, nor for taking too long."""
+        task = held.task
+        if task is None or not task.cancelling():
+            return False
+        return held.over or held.abandoned or not held.timed_out
+
+    async def _run(
+        self, handler: Any, connection: AsyncConnection, held: _Held, attempt: Attempt
+    ) -> None:
+        transaction = await connection.begin()
+        attempt.in_handler = True
+        attempt.position = await handler(connection, held.reservation)
+        outcomes.check_transaction(held.reservation, is_active=transaction.is_active)
+        attempt.in_handler = False
 
     async def _complete(
         self, connection: AsyncConnection, held: _Held, position: int | None
     ) -> None:
         async with held.lock:
             held.check()
-            reservation = held.reservation
-            await AsyncCheckpoints(connection).update_checkpoint_position(
-                reservation,
-                reservation.stream_version if position is None else position,
-                process_at=outcomes.pause(reservation, position, self._settings),
-            )
-            await connection.commit()
-            held.ended = True
+            await connection.run_sync(outcomes.update, held.reservation, position, self._settings)
+            await _uninterrupted(asyncio.create_task(self._commit(connection, held)))
         self._outage.back()
 
-    async def _record_error(self, held: _Held, error: BaseException) -> None:
-        """End the reservation with an error: another attempt later, or failed."""
-        failure = outcomes.Failure.of(held.reservation, error, self._settings.retry)
+    async def _commit(self, connection: AsyncConnection, held: _Held) -> None:
+        await connection.commit()
+        held.processed = True
+        held.end()
+
+    async def _fail(self, held: _Held, error: BaseException) -> None:
+        """Record the error: waits for the database, but no longer than the token is of use."""
+        if held.timed_out:
+            error = outcomes.timed_out(held.reservation, self._settings, error)
+        failure = Failure.of(held.reservation, error, self._settings.retry)
+        backoff = Backoff()
+        while not await self._record(held, failure):
+            await asyncio.sleep(backoff.next())
+
+    async def _give_up(self, held: _Held) -> bool:
+        """Record that a handler that nobody can stop took too long; False: not now."""
+        error = outcomes.timed_out(held.reservation, self._settings)
+        failure = Failure.of(held.reservation, error, self._settings.retry)
         try:
-            async with held.lock:
-                held.check()
-                async with self._engine.begin() as connection:
-                    await AsyncCheckpoints(connection).record_checkpoint_error(
-                        held.reservation,
-                        held.reservation.stream_position,
-                        status=failure.status,
-                        retry_attempts=failure.attempt,
-                        error=failure.description,
-                        process_at=failure.delay,
-                    )
-                held.ended = True
+            return not held.lock.locked() and await self._record(held, failure)
         except ReservationLost:
-            held.lost = True
-        except Exception as unrecorded:
-            outcomes.log_unrecorded(held.reservation, failure, unrecorded)
+            self._lose(held)
+            return True
+
+    async def _record(self, held: _Held, failure: Failure) -> bool:
+        """End the reservation with an error: another attempt later, or failed; False: not now."""
+        group = self._settings.group
+        try:
+            async with self._own.connect() as connection, held.lock:
+                held.check()
+                async with connection.begin():
+                    await connection.run_sync(
+                        outcomes.record, held.reservation, failure, self._settings
+                    )
+                held.end()
+        except ReservationLost:
+            raise
+        except Exception as error:
+            if is_passing(error):
+                if is_outage(error):
+                    self._outage.away(error)
+                return False
+            held.end()
+            outcomes.log_unrecorded(group, held.reservation, failure, error)
         else:
-            outcomes.log_failure(self._telemetry, held.reservation, failure)
+            outcomes.log_failure(self._telemetry, group, held.reservation, failure)
+        return True
 
     # --- keeping
 
-    async def _keep(self) -> None:
+    async def _keep(self, ending: asyncio.Event) -> None:
+        """Look after what is held, and recover, until the end: once in any case."""
         recover_at = time.monotonic()
-        third = self._settings.reservation_timeout.total_seconds() / 3
         while True:
             try:
-                self._end_hanging()
-                await self._extend_due(third)
+                await self._end_hanging()
+                await self._extend_due()
                 if time.monotonic() >= recover_at:
                     recover_at = time.monotonic() + jittered(self._settings.recover_interval)
-                    await self._recover()
+                    if await self._recover() == outcomes.RECOVERED_AT_ONCE:
+                        recover_at = time.monotonic()
             except Exception as error:
                 if is_outage(error):
                     self._outage.away(error)
                 else:
-                    logger.exception("keeping failed", extra={"group": self._settings.group})
-            await asyncio.sleep(self._settings.keeping_seconds(recover_at - time.monotonic()))
+                    outcomes.log_unexpected(self._settings.group, "keeping failed")
+            if await _wait(ending, self._settings.keeping_seconds(recover_at - time.monotonic())):
+                return
 
-    def _held(self) -> list[_Held]:
-        held = [*self._running.values(), *self._waiting]
-        return [one for one in held if not (one.ended or one.lost)]
-
-    def _end_hanging(self) -> None:
-        longest = self._settings.handler_timeout
-        for held in self._held():
-            if longest is not None and held.running_for() > longest and not held.lock.locked():
+    async def _end_hanging(self) -> None:
+        """Cancel handlers that take too long; free the slot of one that goes on regardless."""
+        for held in list(self._running):
+            if not held.runs_longer_than(self._settings.handler_timeout):
+                continue
+            if not held.timed_out:
                 held.timed_out = True
-                if held.task is not None:
-                    held.task.cancel()
+                held.cancel()
+            elif held.over or await self._give_up(held):
+                held.abandoned = True
+                self._free(held)
 
-    async def _extend_due(self, third: float) -> None:
+    async def _extend_due(self) -> None:
         now = time.monotonic()
-        due = [held for held in self._held() if now - held.held_since >= third]
+        due = [
+            held
+            for held in [*self._running, *self._waiting]
+            if not held.over and now - held.extended_at >= self._third
+        ]
+        if self._extends_running is None and any(held.started_at is not None for held in due):
+            # With a snapshot older than the extension, the update of the position would fail.
+            async with self._engine.connect() as connection:
+                level = await connection.get_isolation_level()
+                self._extends_running = level == "READ COMMITTED"
+        due = [held for held in due if held.started_at is None or self._extends_running]
         if not due:
             return
-        async with self._engine.connect() as connection:
-            extends_running = await connection.get_isolation_level() == "READ COMMITTED"
-            await connection.rollback()
+        async with self._own.connect() as connection:
             for held in due:
-                # With a snapshot older than the extension, the update of the position would fail.
-                # Whoever has the lock is ending the reservation.
-                if (extends_running or held.started_at is None) and not held.lock.locked():
-                    async with held.lock:
-                        await self._extend(connection, held, third)
+                await self._extend(connection, held)
         self._outage.back()
 
-    async def _extend(self, connection: AsyncConnection, held: _Held, third: float) -> None:
-        if held.ended or held.lost:
+    async def _extend(self, connection: AsyncConnection, held: _Held) -> None:
+        # Whoever has the lock is ending the reservation.
+        if held.lock.locked() or held.over:
             return
         try:
-            async with connection.begin():
-                # Another transaction that holds the row must not keep the others from theirs.
-                milliseconds = max(1, int(third * 500))
-                await connection.execute(text(f"SET LOCAL lock_timeout = {milliseconds}"))
-                extended = await AsyncCheckpoints(connection).extend_checkpoint_reservation(
-                    held.reservation, self._settings.reservation_timeout
+            async with held.lock, connection.begin():
+                extended = await connection.run_sync(
+                    outcomes.extend, held.reservation, self._settings
                 )
             held.reservation = extended
-            held.held_since = time.monotonic()
+            held.extended_at = time.monotonic()
         except ReservationLost:
-            held.lost = True
-            if held.task is not None:
-                held.task.cancel()
+            self._lose(held)
+            held.cancel()
         except Exception as error:
             if is_outage(error):
                 raise
-            logger.warning(
-                "a reservation could not be extended: %s", error, extra=fields(held.reservation)
-            )
+            outcomes.log_not_extended(self._settings.group, held.reservation, error)
 
-    async def _recover(self) -> None:
-        """End expired reservations, each counted as an attempt of a consumer that died or hung."""
-        while True:
-            async with self._engine.begin() as connection:
-                expired = await AsyncCheckpoints(connection).record_expired_checkpoint_reservations(
-                    **outcomes.recovery(self._settings)
-                )
-            outcomes.log_expired(self._telemetry, expired)
-            if len(expired) < outcomes.RECOVERED_AT_ONCE:
-                return
+    async def _recover(self) -> int:
+        async with self._own.begin() as connection:
+            expired = await connection.run_sync(outcomes.recover, self._settings)
+        outcomes.log_expired(self._telemetry, self._settings.group, expired)
+        return len(expired)
 
     # --- listening
 
@@ -431,21 +510,29 @@ class AsyncConsumer:
             try:
                 await self._listen_once(backoff)
             except Exception as error:
-                logger.debug(
-                    "listening was interrupted: %s", error, extra={"group": self._settings.group}
-                )
+                with suppress(Exception):
+                    logger.debug(
+                        "listening was interrupted: %s",
+                        error,
+                        extra={"group": self._settings.group},
+                    )
                 await asyncio.sleep(backoff.next())
 
     async def _listen_once(self, backoff: Backoff) -> None:
-        # Taken out of the pool, so that it does not count against its size.
-        pooled = await self._engine.raw_connection()
-        connection: Any = pooled.driver_connection
-        pooled.detach()
+        opening = asyncio.create_task(greenlet_spawn(open_connection, self._engine.sync_engine))
+        try:
+            # Interrupted in the middle, the connection would be left open.
+            connection = await _uninterrupted(opening)
+        except asyncio.CancelledError:
+            if not opening.cancelled() and opening.exception() is None:
+                await opening.result().close()
+            raise
         try:
             await connection.rollback()
             await connection.set_autocommit(True)
             await connection.execute(listen_sql(self._engine.sync_engine))
             backoff.reset()
+            # What was notified before LISTEN took effect is not told again.
             self.wake()
             async for notification in connection.notifies():
                 if notification.payload == self._settings.group:
@@ -457,31 +544,60 @@ class AsyncConsumer:
 
     async def _finish(self) -> None:
         """Give back what was not started, await what runs, and give that up when time is over."""
-        waiting, self._waiting = self._waiting, []
-        await self._give_back(waiting)
-        ends = time.monotonic() + self._settings.grace.total_seconds()
-        while self._running and self._stops < 2 and (left := ends - time.monotonic()) > 0:
-            self._woken.clear()
-            await self._await_wake(left)
-        running = list(self._running.values())
-        for held in running:
-            held.lost = True
-            if held.task is not None:
-                held.task.cancel()
-        await asyncio.gather(
-            *(held.task for held in running if held.task is not None), return_exceptions=True
-        )
-        await self._give_back(held for held in running if not held.ended)
+        try:
+            await self._give_back(self._waiting)
+            self._waiting.clear()
+            ends = time.monotonic() + self._settings.grace.total_seconds()
+            while self._running and self._stops < 2 and (left := ends - time.monotonic()) > 0:
+                self._woken.clear()
+                await _wait(self._woken, left)
+        finally:
+            running = [held for held in self._running if not held.over]
+            tasks = {held.task for held in self._running if held.task is not None}
+            self._running.clear()
+            for held in running:
+                outcomes.log_given_up(self._settings.group, held.reservation)
+                held.abandoned = True
+                held.cancel()
+            if tasks:
+                await asyncio.wait(tasks, timeout=_PATIENCE)
+            await self._give_back(running)
 
     async def _give_back(self, helds: Iterable[_Held]) -> None:
-        for held in helds:
+        left = list(helds)
+        # Twice, for a connection that the pool had kept may have broken meanwhile.
+        for is_last in (False, True):
+            if not left:
+                return
             try:
-                async with held.lock, self._engine.begin() as connection:
-                    await AsyncCheckpoints(connection).release_checkpoint_reservation(
-                        held.reservation
-                    )
-                held.lost = True
-            except ReservationLost:
-                held.lost = True
+                async with self._own.connect() as connection:
+                    while left:
+                        await self._release(connection, left[-1])
+                        left.pop()
             except SQLAlchemyError as error:
-                outcomes.log_not_given_back(held.reservation, error)
+                if is_last:
+                    for held in left:
+                        held.end()
+                        outcomes.log_not_given_back(self._settings.group, held.reservation, error)
+
+    async def _release(self, connection: AsyncConnection, held: _Held) -> None:
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                await held.lock.acquire()
+        except TimeoutError:
+            outcomes.log_not_given_back(self._settings.group, held.reservation, None)
+            return
+        try:
+            if not held.over:
+                async with connection.begin():
+                    await connection.run_sync(outcomes.release, held.reservation, self._settings)
+                held.end()
+        except ReservationLost:
+            held.end()
+        except SQLAlchemyError as error:
+            if is_outage(error):
+                raise
+            held.end()
+            outcomes.log_not_given_back(self._settings.group, held.reservation, error)
+        finally:
+            held.lock.release()

@@ -12,27 +12,31 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from enum import Enum, auto
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import TypeAlias, Unpack
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from checkpoints.errors import ReservationLost
-from checkpoints.executing import Checkpoints
 from checkpoints.records import Reservation
 from checkpoints.runtime import _outcomes as outcomes
 from checkpoints.runtime._held import Held
 from checkpoints.runtime._keeper import Keeper
-from checkpoints.runtime._outage import Backoff, OutageLog, is_outage
+from checkpoints.runtime._outage import Backoff, OutageLog, is_outage, is_passing
 from checkpoints.runtime._outcomes import Goal
 from checkpoints.runtime._worker import Worker
 from checkpoints.runtime.listening import Listener
-from checkpoints.runtime.settings import ConsumerSettings, OutsideTransaction, checked_handlers
+from checkpoints.runtime.settings import (
+    ConsumerOptions,
+    ConsumerSettings,
+    OutsideTransaction,
+    checked_handlers,
+    held_up_backoff,
+)
 from checkpoints.runtime.telemetry import Telemetry
 
 __all__ = ["Consumer", "Handler"]
@@ -45,6 +49,9 @@ must not commit or roll back.
 """
 
 _LONG = 3600.0
+
+# At the end: how long to wait for a thread, or for a handler that is just ending its reservation.
+_PATIENCE = 2.0
 
 
 class _Event(Enum):
@@ -59,42 +66,55 @@ class Consumer:
     subscriptions to functions; then only those subscriptions are served. A function is a `Handler`
     or an `OutsideTransaction`. Further arguments are those of `ConsumerSettings`.
 
-    A handler that raises is rolled back, and tried again as `retry` says; other streams go on. A
-    handler whose reservation is lost is interrupted where it waits for the database, and rolled
-    back in any case. When the database is away the consumer waits for it.
+    What was due longest comes first, whatever its subscription: a busy subscription does not starve
+    a quiet one, whose checkpoints wait as long as any that became due when they did.
 
-    The engine's pool should hold `concurrency` + 2 connections. With an isolation level of
-    REPEATABLE READ or SERIALIZABLE the reservation of a running handler cannot be extended, so let
-    `reservation_timeout` be longer than handlers take.
+    A handler that raises is rolled back, and tried again as `retry` says; other streams go on. A
+    handler whose reservation is lost, or that takes too long, is interrupted where it waits for the
+    database, and rolled back in any case; one that waits for something else cannot be interrupted,
+    and goes on in its thread with its connection, while another thread takes its slot. When the
+    database is away the consumer waits for it.
+
+    A handler may be run again in the same attempt, after a conflict with another transaction
+    (SQLSTATE 40001, 40P01) or when its connection broke; what it wrote before is rolled back.
+
+    The engine's pool should hold `concurrency` + 2 connections; fewer work, and wait for each
+    other. A connection that listens is made besides. With an isolation level of REPEATABLE READ or
+    SERIALIZABLE the reservation of a running handler cannot be extended, so let
+    `reservation_timeout` be longer than handlers take. AUTOCOMMIT is refused.
     """
 
     def __init__(
         self,
         engine: Engine,
         group: str,
-        handlers: Handler | OutsideTransaction | Mapping[str, Handler | OutsideTransaction],
-        **settings: Any,
+        handlers: Handler
+        | OutsideTransaction[int | None]
+        | Mapping[str, Handler | OutsideTransaction[int | None]],
+        **settings: Unpack[ConsumerOptions],
     ) -> None:
+        if not isinstance(engine, Engine):
+            raise TypeError(f"engine must be an Engine, not {engine!r}")
         self._engine = engine
+        # Its own statements are one a transaction, and gain nothing by a stricter level.
+        self._own = engine.execution_options(isolation_level="READ COMMITTED")
         self._settings = ConsumerSettings(group=group, **settings)
-        by_name, for_all = checked_handlers(handlers)
-        self._names = None if by_name is None else list(by_name)
+        self._names, handler_of = checked_handlers(handlers, blocking=True)
         self._telemetry = Telemetry(group)
         self._outage = OutageLog(group)
+        self._worker = Worker(
+            engine, self._own, self._settings, handler_of, self._telemetry, self._outage
+        )
+        self._serving = threading.Lock()
         # Reentrant, so that a signal handler may put into it.
         self._events: queue.SimpleQueue[_Event | Held] = queue.SimpleQueue()
         self._jobs: queue.SimpleQueue[Held | None] = queue.SimpleQueue()
+        self._threads: set[threading.Thread] = set()
         self._waiting: deque[Held] = deque()
-        self._running: dict[int, Held] = {}
+        # By identity: a checkpoint may be reserved again before it is known here that it was done.
+        self._running: set[Held] = set()
         self._stops = 0
         self._processed = 0
-        self._worker = Worker(
-            engine,
-            self._settings,
-            (lambda name: by_name[name]) if by_name is not None else (lambda _: for_all),
-            self._telemetry,
-            self._outage,
-        )
 
     def run(self, *, handle_signals: bool = True) -> None:
         """Process until stopped: by `stop()`, or, in the main thread, by SIGTERM or SIGINT.
@@ -115,12 +135,15 @@ class Consumer:
     def drain(self) -> int:
         """Process until nothing is due; how many checkpoints were processed.
 
-        What is due later, a retry such as, is left.
+        What is due later, a retry such as, is left, and so is what other consumers hold.
         """
         return self._serve(Goal.DRAINED)
 
     def stop(self) -> None:
-        """End `run()` as SIGTERM does; from any thread, or a signal handler. Twice: at once."""
+        """End `run()` as SIGTERM does; from any thread, or a signal handler. Twice: at once.
+
+        While it does not run: the next `run()`, `run_once()` or `drain()` ends before it begins.
+        """
         self._events.put(_Event.STOP)
 
     def wake(self) -> None:
@@ -130,162 +153,210 @@ class Consumer:
     # --- dispatching, in the thread of the caller
 
     def _serve(self, goal: Goal) -> int:
+        if not self._serving.acquire(blocking=False):
+            raise RuntimeError(
+                "this consumer runs already: wait for its end, or make another for this thread"
+            )
+        try:
+            return self._serve_alone(goal)
+        finally:
+            self._serving.release()
+
+    def _serve_alone(self, goal: Goal) -> int:
         self._stops = self._processed = 0
-        threads = [self._start_worker() for _ in range(self._settings.concurrency)]
+        self._jobs = queue.SimpleQueue()
+        self._threads = set()
         keeper = Keeper(
             self._engine,
+            self._own,
             self._settings,
             self._worker,
             self._telemetry,
             self._outage,
             self._events.put,
         )
-        keeper.start()
-        listener = None
-        if self._settings.listen and goal is Goal.NEVER:
-            listener = Listener(self._engine, self._settings.group, self.wake)
-            listener.start()
+        beside: list[Keeper | Listener] = []
         try:
-            self._dispatch(goal, keeper)
-            self._finish(keeper)
+            # A stop that came before.
+            self._await_events(0, keeper)
+            keeper.start()
+            beside.append(keeper)
+            if self._settings.listen and goal is Goal.NEVER and not self._stops:
+                listener = Listener(self._engine, self._settings.group, self.wake)
+                listener.start()
+                beside.append(listener)
+            try:
+                self._dispatch(goal, keeper)
+            finally:
+                self._finish(keeper)
         finally:
-            if listener is not None:
-                listener.stop()
-            keeper.stop()
-            for _ in threads:
-                self._jobs.put(None)
-        keeper.join()
-        if listener is not None:
-            listener.join()
+            for thread in beside:
+                thread.stop()
+            self._jobs.put(None)
+            # One that waits for a database that does not answer ends by itself, later.
+            ends = time.monotonic() + _PATIENCE
+            for one in (*beside, *self._threads):
+                one.join(max(0.0, ends - time.monotonic()))
+            # What came too late for this run is not meant for the next.
+            with suppress(queue.Empty):
+                while True:
+                    self._events.get_nowait()
         return self._processed
 
-    def _start_worker(self) -> threading.Thread:
+    def _start_worker(self) -> None:
         thread = threading.Thread(
-            target=self._work, name=f"checkpoints-worker-{self._settings.group}", daemon=True
+            target=self._work,
+            args=(self._jobs,),
+            name=f"checkpoints-worker-{self._settings.group}",
+            daemon=True,
         )
         thread.start()
-        return thread
+        self._threads.add(thread)
 
-    def _work(self) -> None:
-        while (held := self._jobs.get()) is not None:
+    def _work(self, jobs: queue.SimpleQueue[Held | None]) -> None:
+        while (held := jobs.get()) is not None:
+            held.worker = threading.current_thread()
             self._worker.process(held)
-            with held.lock:
-                held.finished = True
-                replaced = held.abandoned
             self._events.put(held)
-            if replaced:
+            if held.abandoned:
                 return
+        # For the next of them.
+        jobs.put(None)
 
     def _dispatch(self, goal: Goal, keeper: Keeper) -> None:
-        backoff = Backoff()
+        backoff, held_up = Backoff(), held_up_backoff()
+        checked = False
         while not self._stops:
             seconds = _LONG
             room = self._settings.room(len(self._waiting) + len(self._running))
             if room:
                 try:
-                    reserved, due_in = self._reserve(room)
+                    if not checked:
+                        with self._engine.connect() as connection:
+                            outcomes.check_start(connection, self._settings, self._names)
+                        checked = True
+                    with self._own.begin() as connection:
+                        reserved, due_in = outcomes.reserve(
+                            connection, self._settings, self._names, room
+                        )
                 except Exception as error:
-                    if not is_outage(error):
+                    if not is_passing(error):
                         raise
                     self._outage.away(error)
                     seconds = backoff.next()
                 else:
                     self._outage.back()
                     backoff.reset()
-                    for reservation in reserved:
-                        held = Held(reservation)
-                        keeper.keep(held)
-                        self._waiting.append(held)
-                    self._hand_out()
+                    self._take_over(reserved, keeper)
                     if goal is Goal.ONE_BATCH:
-                        self._settle()
+                        while (self._waiting or self._running) and not self._stops:
+                            self._await_events(_LONG, keeper)
                         return
                     if not reserved:
                         if goal is Goal.DRAINED and not self._running:
                             return
-                        seconds = self._settings.idle_seconds(due_in)
+                        seconds = self._settings.idle_seconds(due_in, held_up)
                     elif self._settings.room(len(self._waiting) + len(self._running)):
                         seconds = 0
-            self._await_events(seconds)
+            self._await_events(seconds, keeper)
 
-    def _settle(self) -> None:
-        while (self._waiting or self._running) and not self._stops:
-            self._await_events(_LONG)
-
-    def _reserve(self, limit: int) -> tuple[list[Reservation], timedelta | None]:
-        """Reserve; when nothing is to be had, say when the next is due."""
-        with self._engine.begin() as connection:
-            checkpoints = Checkpoints(connection)
-            reserved = checkpoints.reserve_next_available_checkpoint(
-                self._settings.group,
-                self._settings.reservation_timeout,
-                replay_mode=self._settings.replay_mode,
-                subscription_names=self._names,
-                limit=limit,
-            )
-            due_in = None
-            if not reserved:
-                due_in = checkpoints.get_next_process_at(
-                    self._settings.group,
-                    replay_mode=self._settings.replay_mode,
-                    subscription_names=self._names,
-                )
+    def _take_over(self, reserved: list[Reservation], keeper: Keeper) -> None:
         self._telemetry.count("reserved", len(reserved))
-        return reserved, due_in
+        for reservation in reserved:
+            held = Held(reservation, self._settings.reservation_timeout)
+            keeper.keep(held)
+            self._waiting.append(held)
+        self._hand_out(keeper)
 
-    def _hand_out(self) -> None:
+    def _hand_out(self, keeper: Keeper) -> None:
         while self._waiting and len(self._running) < self._settings.concurrency:
             held = self._waiting.popleft()
-            if held.lost:
+            if held.over:
+                keeper.forget(held)
                 continue
-            self._running[held.reservation.id] = held
+            self._running.add(held)
+            if len(self._threads) < len(self._running):
+                self._start_worker()
             self._jobs.put(held)
 
-    def _await_events(self, seconds: float) -> None:
+    def _await_events(self, seconds: float, keeper: Keeper) -> None:
         """Wait for one event, then take all there are."""
         with suppress(queue.Empty):
-            self._take(self._events.get(timeout=seconds) if seconds else self._events.get_nowait())
+            event = self._events.get(timeout=seconds) if seconds else self._events.get_nowait()
             while True:
-                self._take(self._events.get_nowait())
+                self._take(event, keeper)
+                event = self._events.get_nowait()
 
-    def _take(self, event: _Event | Held) -> None:
+    def _take(self, event: _Event | Held, keeper: Keeper) -> None:
         if event is _Event.STOP:
             self._stops += 1
-        elif isinstance(event, Held) and self._running.get(event.reservation.id) is event:
-            del self._running[event.reservation.id]
+        elif isinstance(event, Held) and event in self._running:
+            self._running.discard(event)
+            keeper.forget(event)
             self._processed += event.processed
-            if event.abandoned:
-                self._start_worker()
+            if event.abandoned and event.worker is not None:
+                self._threads.discard(event.worker)
             if not self._stops:
-                self._hand_out()
+                self._hand_out(keeper)
 
     # --- ending
 
     def _finish(self, keeper: Keeper) -> None:
         """Give back what was not started, await what runs, and give that up when time is over."""
-        self._give_back(self._waiting, keeper)
-        self._waiting.clear()
-        ends = time.monotonic() + self._settings.grace.total_seconds()
-        while self._running and self._stops < 2 and (left := ends - time.monotonic()) > 0:
-            self._await_events(left)
-        for held in self._running.values():
-            held.abandoned = True
-            held.cancel()
-        self._give_back(self._running.values(), keeper)
-        self._running.clear()
+        try:
+            self._give_back(self._waiting, keeper)
+            self._waiting.clear()
+            ends = time.monotonic() + self._settings.grace.total_seconds()
+            while self._running and self._stops < 2 and (left := ends - time.monotonic()) > 0:
+                self._await_events(left, keeper)
+        finally:
+            running = list(self._running)
+            self._running.clear()
+            for held in running:
+                outcomes.log_given_up(self._settings.group, held.reservation)
+                held.abandoned = True
+                held.cancel()
+            self._give_back(running, keeper)
+            # A handler that waits for something else than the database goes on by itself.
+            self._threads -= {held.worker for held in running if not held.finished}
 
-    def _give_back(self, helds: Any, keeper: Keeper) -> None:
-        for held in list(helds):
+    def _give_back(self, helds: Iterable[Held], keeper: Keeper) -> None:
+        left = list(helds)
+        for held in left:
             keeper.forget(held)
+        # Twice, for a connection that the pool had kept may have broken meanwhile.
+        for is_last in (False, True):
+            if not left:
+                return
             try:
-                with held.lock, self._engine.begin() as connection:
-                    if not (held.lost or held.ended):
-                        held.lost = True
-                        Checkpoints(connection).release_checkpoint_reservation(held.reservation)
-            except ReservationLost:
-                pass
+                with self._own.connect() as connection:
+                    while left:
+                        self._release(connection, left[-1])
+                        left.pop()
             except SQLAlchemyError as error:
-                outcomes.log_not_given_back(held.reservation, error)
+                if is_last:
+                    for held in left:
+                        held.end()
+                        outcomes.log_not_given_back(self._settings.group, held.reservation, error)
+
+    def _release(self, connection: Connection, held: Held) -> None:
+        if not held.lock.acquire(timeout=_PATIENCE):
+            outcomes.log_not_given_back(self._settings.group, held.reservation, None)
+            return
+        try:
+            if not held.over:
+                with connection.begin():
+                    outcomes.release(connection, held.reservation, self._settings)
+                held.end()
+        except ReservationLost:
+            held.end()
+        except SQLAlchemyError as error:
+            if is_outage(error):
+                raise
+            held.end()
+            outcomes.log_not_given_back(self._settings.group, held.reservation, error)
+        finally:
+            held.lock.release()
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -299,4 +370,6 @@ class Consumer:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # None: it was not installed from Python, and cannot be put back.
+                if handler is not None:
+                    signal.signal(number, handler)

@@ -8,13 +8,12 @@ from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
 
 from checkpoints.runtime._outage import Backoff
 from checkpoints.runtime.telemetry import logger
 from checkpoints.tables import DEFAULT_SCHEMA
 
-__all__ = ["Listener", "channel_of", "listen_sql"]
+__all__ = ["Listener", "channel_of", "listen_sql", "open_connection"]
 
 # How long it waits for a notification before it looks whether it was stopped.
 _TURN = 0.5
@@ -29,6 +28,14 @@ def channel_of(engine: Engine) -> str:
 def listen_sql(engine: Engine) -> str:
     """The LISTEN of the channel, quoted always: a channel is case-sensitive."""
     return "LISTEN " + engine.dialect.identifier_preparer.quote_identifier(channel_of(engine))
+
+
+def open_connection(engine: Engine) -> Any:
+    """A driver's connection, made as the engine's are, but of no pool: that may be exhausted."""
+    pooled = engine.pool.recreate().connect()
+    connection = pooled.driver_connection
+    pooled.detach()
+    return connection
 
 
 class Listener(threading.Thread):
@@ -52,14 +59,14 @@ class Listener(threading.Thread):
             try:
                 self._listen(backoff)
             except Exception as error:
-                logger.debug("listening was interrupted: %s", error, extra={"group": self._group})
+                with suppress(Exception):
+                    logger.debug(
+                        "listening was interrupted: %s", error, extra={"group": self._group}
+                    )
                 self._stopped.wait(backoff.next())
 
     def _listen(self, backoff: Backoff) -> None:
-        # Taken out of the pool, so that it does not count against its size.
-        pooled = self._engine.raw_connection()
-        connection: Any = pooled.driver_connection
-        pooled.detach()
+        connection = open_connection(self._engine)
         try:
             connection.rollback()
             connection.autocommit = True
@@ -72,5 +79,5 @@ class Listener(threading.Thread):
                     if notification.payload == self._group:
                         self._wake()
         finally:
-            with suppress(SQLAlchemyError, OSError):
+            with suppress(Exception):
                 connection.close()

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from checkpoints import _arguments as arguments
 from checkpoints.records import JSONValue
 
-__all__ = ["RetryPolicy", "describe_error"]
+__all__ = ["RetryPolicy", "describe_error", "message_of"]
 
 _MESSAGE_LIMIT = 2_000
 _TRACEBACK_LIMIT = 8_000
@@ -23,9 +23,9 @@ class RetryPolicy:
     """How often a checkpoint is tried, and how long it waits in between.
 
     After attempt n it waits `first_delay` times `factor` to the power n-1, at most
-    `longest_delay`, more or less by up to the fraction `jitter`. After `max_attempts` it has
-    failed. `max_attempts_by_type` says otherwise for exceptions of some types (the nearest class
-    counts); 1: no second attempt.
+    `longest_delay`, more or less by up to the fraction `jitter`, but never longer. After
+    `max_attempts` it has failed. `max_attempts_by_type` says otherwise for exceptions of some types
+    (the nearest class counts); 1: no second attempt.
     """
 
     max_attempts: int = 10
@@ -39,14 +39,21 @@ class RetryPolicy:
 
     def __post_init__(self) -> None:
         arguments.limit("max_attempts", self.max_attempts)
+        if not isinstance(self.max_attempts_by_type, Mapping):
+            raise TypeError(
+                "max_attempts_by_type must be a mapping of exception types to integers, not "
+                f"{self.max_attempts_by_type!r}"
+            )
         for type_, attempts in self.max_attempts_by_type.items():
+            if not (isinstance(type_, type) and issubclass(type_, BaseException)):
+                raise TypeError(
+                    f"a key of max_attempts_by_type must be an exception type, not {type_!r}"
+                )
             arguments.limit(f"max_attempts_by_type[{type_!r}]", attempts)
         arguments.timeout("first_delay", self.first_delay)
         arguments.timeout("longest_delay", self.longest_delay)
-        if not 1 <= self.factor <= 1000:
-            raise ValueError(f"factor must be from 1 to 1000, not {self.factor!r}")
-        if not 0 <= self.jitter <= 1:
-            raise ValueError(f"jitter must be from 0 to 1, not {self.jitter!r}")
+        _check_number("factor", self.factor, 1, 1000)
+        _check_number("jitter", self.jitter, 0, 1)
 
     def attempts_for(self, error: BaseException) -> int:
         """How many attempts an error of this type allows."""
@@ -60,11 +67,20 @@ class RetryPolicy:
         longest = self.longest_delay.total_seconds()
         seconds = self.first_delay.total_seconds()
         for _ in range(attempt - 1):
-            seconds *= self.factor
             if seconds >= longest:
                 break
-        jittered = min(seconds, longest) * random.uniform(1 - self.jitter, 1 + self.jitter)  # noqa: S311
-        return timedelta(seconds=jittered)
+            seconds *= self.factor
+        # Jitter downwards alone at the end: the longest delay is the longest.
+        most = min(longest, min(seconds, longest) * (1 + self.jitter))
+        least = min(seconds, longest) * (1 - self.jitter)
+        return timedelta(seconds=random.uniform(least, most))  # noqa: S311  # not a secret
+
+
+def _check_number(name: str, value: float, least: float, most: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be from {least} to {most}, not {value!r}")
 
 
 def describe_error(error: BaseException) -> JSONValue:
@@ -73,19 +89,27 @@ def describe_error(error: BaseException) -> JSONValue:
     The traceback keeps its end, which says where the error arose. The statement that records it
     adds the attempt, the position and the time.
     """
-    described = traceback.format_exception(error)
     return {
         "type": f"{type(error).__module__}.{type(error).__qualname__}",
-        "message": _storable(_message(error)[:_MESSAGE_LIMIT]),
-        "traceback": _storable("".join(described)[-_TRACEBACK_LIMIT:]),
+        "message": message_of(error),
+        "traceback": _storable(_traceback(error)[-_TRACEBACK_LIMIT:]),
     }
 
 
-def _message(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
+    """What an error says of itself, within bounds, whatever it is."""
     try:
-        return str(error)
+        message = str(error)
     except Exception as failure:  # an exception of the application's, with a __str__ of its own
-        return f"<no message: {type(failure).__name__}>"
+        message = f"<no message: {type(failure).__name__}>"
+    return _storable(message[:_MESSAGE_LIMIT])
+
+
+def _traceback(error: BaseException) -> str:
+    try:
+        return "".join(traceback.format_exception(error))
+    except Exception as failure:  # as above, such as a __cause__ or __notes__ of its own
+        return f"<no traceback: {type(failure).__name__}>"
 
 
 def _storable(text: str) -> str:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, Generic, TypedDict, TypeVar
 
 from checkpoints import _arguments as arguments
 from checkpoints.records import ReplayMode, Reservation
+from checkpoints.runtime._outage import Backoff
 from checkpoints.runtime.retry import RetryPolicy
 
-__all__ = ["ConsumerSettings", "OutsideTransaction"]
+__all__ = ["ConsumerOptions", "ConsumerSettings", "OutsideTransaction"]
+
+_Answer_co = TypeVar("_Answer_co", covariant=True)
+
+# With a checkpoint that others hold locked, at the most this long until the next look.
+_LONGEST_HELD_UP = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class OutsideTransaction:
+class OutsideTransaction(Generic[_Answer_co]):
     """A handler that must not run in a transaction, such as a call to another system.
 
     It is a function of the reservation alone; what it did is noted in a transaction of its own
@@ -24,7 +31,22 @@ class OutsideTransaction:
     system a key to know a repetition by, such as the subscription, the stream and the position.
     """
 
-    function: Callable[[Reservation], Any]
+    function: Callable[[Reservation], _Answer_co]
+
+
+class ConsumerOptions(TypedDict, total=False):
+    """The arguments that `Consumer` and `AsyncConsumer` share; see `ConsumerSettings`."""
+
+    concurrency: int
+    batch: int | None
+    reservation_timeout: timedelta
+    handler_timeout: timedelta | None
+    grace: timedelta
+    poll_interval: timedelta
+    recover_interval: timedelta
+    listen: bool
+    replay_mode: ReplayMode
+    retry: RetryPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +54,9 @@ class ConsumerSettings:
     """How a consumer works; each is an argument of `Consumer` and `AsyncConsumer`.
 
     - `concurrency`: how many handlers run at once; each takes a connection of the engine's pool.
-    - `batch`: how many checkpoints are reserved in one statement (None: as many as `concurrency`).
-      Those not started yet wait in this process, and are given back when it stops.
+    - `batch`: how many checkpoints it holds at the most, reserved in one statement (None, or less
+      than `concurrency`: as many as that). Those not started yet wait in this process, and are
+      given back when it stops.
     - `reservation_timeout`: how long a checkpoint stays with a process that died. While it lives,
       the reservation is extended at a third of that.
     - `handler_timeout`: how long a handler may take (None: for ever). Then its attempt has failed;
@@ -70,6 +93,8 @@ class ConsumerSettings:
         arguments.timeout("grace", self.grace)
         arguments.timeout("poll_interval", self.poll_interval)
         arguments.timeout("recover_interval", self.recover_interval)
+        if not isinstance(self.listen, bool):
+            raise TypeError(f"listen must be True or False, not {self.listen!r}")
         arguments.member("replay_mode", self.replay_mode, ReplayMode)
         if not isinstance(self.retry, RetryPolicy):
             raise TypeError(f"retry must be a RetryPolicy, not {self.retry!r}")
@@ -80,13 +105,17 @@ class ConsumerSettings:
             return 0
         return max(self.batch or 0, self.concurrency) - held
 
-    def idle_seconds(self, due_in: timedelta | None) -> float:
-        """How long to sleep when nothing was found, and the next is due in so long (None: none)."""
+    def idle_seconds(self, due_in: timedelta | None, held_up: Backoff) -> float:
+        """How long to sleep when nothing was found, and the next is due in so long (None: none).
+
+        `held_up`: the waits for one that is due and yet not to be had, for others hold it locked.
+        """
         seconds = jittered(self.poll_interval)
+        if due_in is None or due_in > timedelta(0):
+            held_up.reset()
         if due_in is None:
             return seconds
-        # Due already, and yet not to be had: others hold it locked, for a moment.
-        return min(seconds, max(due_in.total_seconds(), random.uniform(0.02, 0.1)))  # noqa: S311
+        return min(seconds, due_in.total_seconds() if due_in > timedelta(0) else held_up.next())
 
     def keeping_seconds(self, until_recovery: float) -> float:
         """Until there may be a reservation to extend, a handler to end, or some to recover."""
@@ -101,22 +130,36 @@ def jittered(interval: timedelta) -> float:
     return interval.total_seconds() * random.uniform(0.8, 1.2)  # noqa: S311  # not a secret
 
 
-def checked_handlers(handlers: object) -> tuple[Mapping[str, Any] | None, Any]:
-    """The handlers by subscription, or the one for all subscriptions of the group."""
+def held_up_backoff() -> Backoff:
+    """Waits for a checkpoint that others hold locked: for a moment mostly, but who knows."""
+    return Backoff(0.05, _LONGEST_HELD_UP)
+
+
+def checked_handlers(
+    handlers: object, *, blocking: bool
+) -> tuple[Mapping[str, Any] | None, Callable[[str], Any]]:
+    """The handlers by subscription (None: one for all), and the one to take for a subscription."""
     if isinstance(handlers, Mapping):
         if not handlers:
             raise ValueError("handlers must name at least one subscription, not {}")
         for name, handler in handlers.items():
             arguments.name("a key of handlers", name)
-            _check(f"handlers[{name!r}]", handler)
-        return dict(handlers), None
-    _check("handlers", handlers)
-    return None, handlers
+            _check(f"handlers[{name!r}]", handler, blocking=blocking)
+        by_name = dict(handlers)
+        return by_name, by_name.__getitem__
+    _check("handlers", handlers, blocking=blocking)
+    return None, lambda _: handlers
 
 
-def _check(name: str, handler: object) -> None:
-    if not callable(handler) and not isinstance(handler, OutsideTransaction):
+def _check(name: str, handler: object, *, blocking: bool) -> None:
+    function = handler.function if isinstance(handler, OutsideTransaction) else handler
+    if not callable(function):
         raise TypeError(
-            f"{name} must be a function of (connection, reservation), an OutsideTransaction, or "
-            f"a mapping of subscription names to those, not {handler!r}"
+            f"{name} must be a function of (connection, reservation), an OutsideTransaction of "
+            f"a function of (reservation), or a mapping of subscription names to those, not "
+            f"{handler!r}"
+        )
+    if blocking and inspect.iscoroutinefunction(function):
+        raise TypeError(
+            f"{name} must not be a coroutine function, which an AsyncConsumer runs: {handler!r}"
         )

@@ -7,26 +7,41 @@ measured and nothing is spent.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
-from checkpoints.records import Reservation
+from sqlalchemy import Engine
 
-try:
+from checkpoints.executing import Checkpoints
+from checkpoints.records import Reservation, SubscriptionMetrics
+
+metrics: Any = None
+trace: Any = None
+with suppress(ImportError):
     from opentelemetry import metrics, trace
-except ImportError:
-    metrics = trace = None
 
-__all__ = ["Telemetry", "logger"]
+__all__ = ["Telemetry", "logger", "observe_lag"]
 
 logger = logging.getLogger("checkpoints")
 
+_COUNTERS = {
+    "reserved": "Checkpoints reserved",
+    "processed": "Checkpoints whose position was updated",
+    "retried": "Attempts that failed and wait for another",
+    "failed": "Checkpoints given up",
+    "lost": "Reservations lost while they were held",
+    "expired": "Reservations of dead or stuck consumers, counted as attempts",
+}
 
-def fields(reservation: Reservation, **more: object) -> dict[str, object]:
+_STATES = ("ready", "due", "reserved", "expired", "retry", "failed")
+
+
+def fields(group: str, reservation: Reservation, **more: object) -> dict[str, object]:
     """The ids of a checkpoint, as fields of a log record (`extra`)."""
     return {
+        "group": group,
         "checkpoint_id": reservation.id,
         "subscription": reservation.subscription_name,
         "stream_name": reservation.stream_name,
@@ -44,6 +59,7 @@ class Telemetry:
         self._counters: dict[str, Any] = {}
         self._tracer: Any = None
         self._latency: Any = None
+        self._duration: Any = None
         if trace is not None:
             self._tracer = trace.get_tracer("checkpoints")
             meter = metrics.get_meter("checkpoints")
@@ -51,34 +67,41 @@ class Telemetry:
                 outcome: meter.create_counter(
                     f"checkpoints.{outcome}", unit="{checkpoint}", description=description
                 )
-                for outcome, description in {
-                    "reserved": "Checkpoints reserved",
-                    "processed": "Checkpoints whose position was updated",
-                    "retried": "Attempts that failed and wait for another",
-                    "failed": "Checkpoints given up",
-                    "lost": "Reservations lost while a handler ran",
-                    "expired": "Reservations of dead or stuck consumers, counted as attempts",
-                }.items()
+                for outcome, description in _COUNTERS.items()
             }
             self._latency = meter.create_histogram(
                 "checkpoints.latency",
                 unit="s",
-                description="From the reservation to the commit of the position",
+                description="From when the checkpoint was due to the commit of its position",
+            )
+            self._duration = meter.create_histogram(
+                "checkpoints.duration",
+                unit="s",
+                description="From the start of the handler to the commit of the position",
             )
 
     def count(self, outcome: str, number: int = 1, subscription: str | None = None) -> None:
         """Count checkpoints by what became of them."""
         counter = self._counters.get(outcome)
         if counter is not None and number:
-            counter.add(number, self._attributes(subscription))
+            with suppress(Exception):
+                counter.add(number, self._attributes(subscription))
 
-    def done(self, reservation: Reservation, took: timedelta) -> None:
-        """A checkpoint was processed."""
+    def processed(self, reservation: Reservation, took: float, latency: float) -> None:
+        """A checkpoint was processed; the seconds since its handler began, and since it was due."""
         self.count("processed", 1, reservation.subscription_name)
         if self._latency is not None:
-            self._latency.record(
-                took.total_seconds(), self._attributes(reservation.subscription_name)
-            )
+            attributes = self._attributes(reservation.subscription_name)
+            self._latency.record(latency, attributes)
+            self._duration.record(took, attributes)
+
+    def failed(self, reservation: Reservation, error: BaseException, *, is_last: bool) -> None:
+        """An attempt failed: in the span too, where there is one."""
+        self.count("failed" if is_last else "retried", 1, reservation.subscription_name)
+        if trace is not None:
+            span = trace.get_current_span()
+            span.record_exception(error)
+            span.set_status(trace.StatusCode.ERROR)
 
     @contextmanager
     def span(self, reservation: Reservation) -> Iterator[None]:
@@ -86,19 +109,86 @@ class Telemetry:
         if self._tracer is None:
             yield
             return
-        attributes = self._attributes(reservation.subscription_name) | {
-            "checkpoints.id": reservation.id,
-            "checkpoints.stream_name": reservation.stream_name,
-            "checkpoints.stream_position": reservation.stream_position,
-            "checkpoints.stream_version": reservation.stream_version,
-        }
-        with self._tracer.start_as_current_span(
-            f"process {reservation.subscription_name}", attributes=attributes
-        ):
+        stack = ExitStack()
+        # Tracing that fails must not keep the handler from its work.
+        with suppress(Exception):
+            attributes = self._attributes(reservation.subscription_name) | {
+                "checkpoints.id": reservation.id,
+                "checkpoints.stream_name": reservation.stream_name,
+                "checkpoints.stream_position": reservation.stream_position,
+                "checkpoints.stream_version": reservation.stream_version,
+            }
+            stack.enter_context(
+                self._tracer.start_as_current_span(
+                    f"process {reservation.subscription_name}", attributes=attributes
+                )
+            )
+        try:
             yield
+        finally:
+            with suppress(Exception):
+                stack.close()
 
     def _attributes(self, subscription: str | None) -> dict[str, str]:
         attributes = {"checkpoints.group": self._group}
         if subscription is not None:
             attributes["checkpoints.subscription"] = subscription
         return attributes
+
+
+def observe_lag(engine: Engine) -> None:
+    """Report what is at hand for each subscription, as gauges, whenever metrics are collected.
+
+    `checkpoints.lag`: messages left. `checkpoints.at_hand`: checkpoints by the attribute
+    `checkpoints.state` (ready, due, reserved, expired, retry, failed). One statement a collection,
+    as `Checkpoints.get_metrics()`; while the database is away, no values. Call it once in a
+    process, and in one process alone: all see the same. A no-op without OpenTelemetry.
+    """
+    if metrics is None:
+        return
+    measured: list[SubscriptionMetrics] = []
+    measured_at = float("-inf")
+
+    def at_hand() -> list[SubscriptionMetrics]:
+        nonlocal measured, measured_at
+        # The gauges of one collection share one statement.
+        if time.monotonic() - measured_at > 1:
+            measured_at = time.monotonic()
+            measured = []
+            try:
+                with engine.connect() as connection:
+                    measured = Checkpoints(connection).get_metrics()
+            except Exception as error:
+                logger.debug("the lag could not be measured: %s", error)
+        return measured
+
+    def observed(
+        values: Callable[[SubscriptionMetrics], Iterable[tuple[float, dict[str, str]]]],
+    ) -> Callable[[Any], Iterator[Any]]:
+        def observe(_options: Any) -> Iterator[Any]:
+            for one in at_hand():
+                names = {"checkpoints.group": one.group_name, "checkpoints.subscription": one.name}
+                for value, attributes in values(one):
+                    yield metrics.Observation(value, names | attributes)
+
+        return observe
+
+    meter = metrics.get_meter("checkpoints")
+    meter.create_observable_gauge(
+        "checkpoints.lag",
+        [observed(lambda one: [(one.lag, {})])],
+        unit="{message}",
+        description="Messages left to process",
+    )
+    meter.create_observable_gauge(
+        "checkpoints.at_hand",
+        [
+            observed(
+                lambda one: [
+                    (getattr(one, state), {"checkpoints.state": state}) for state in _STATES
+                ]
+            )
+        ],
+        unit="{checkpoint}",
+        description="Checkpoints by how they stand",
+    )
