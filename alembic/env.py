@@ -26,9 +26,16 @@ arguments = context.get_x_argument(as_dictionary=True)
 log = logging.getLogger("alembic.env")
 
 # A caller that passes its own Config sets attributes instead, and keeps its own logging.
-schema = arguments.get("schema") or config.attributes.get("schema") or "checkpoints"
 if config.config_file_name is not None and config.file_config.has_section("loggers"):
     fileConfig(config.config_file_name, disable_existing_loggers=False)
+
+for option, value in arguments.items():
+    # One that was misspelt must not lead to another database or schema.
+    if option not in {"url", "schema"} or not isinstance(value, str) or not value:
+        raise CommandError(f"-x {option}={value or ''}: expected -x url=… or -x schema=…")
+schema = arguments.get("schema") or config.attributes.get("schema", "checkpoints")
+if len(schema.encode()) > 63:
+    raise CommandError(f"a schema's name has at most 63 bytes, unlike {schema!r}")
 
 EXPECTED = "expected postgresql+psycopg://user@host/database"
 

@@ -10,12 +10,15 @@ import json
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 from enum import Enum
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _BIGINT_MAX = 2**63 - 1
 _INTEGER_MAX = 2**31 - 1
+# What fits into an entry of an index (2,704 bytes) beside the rest of its key.
+_NAME_BYTES = 2_000
 _LONGEST = timedelta(days=36525)
 _E = TypeVar("_E", bound=Enum)
+_T = TypeVar("_T")
 
 
 def _integer(name: str, value: object, *, least: int, most: int) -> int:
@@ -74,9 +77,14 @@ def text(name: str, value: str) -> str:
 
 
 def name(name: str, value: str) -> str:
-    """The name of a group, a subscription or a stream: a text that is not empty."""
+    """The name of a group, a subscription or a stream: a text that is not empty, nor too long."""
     if not text(name, value):
         raise ValueError(f"{name} must not be empty: {value!r}")
+    size = len(value.encode())
+    if size > _NAME_BYTES:
+        raise ValueError(
+            f"{name} must have at most {_NAME_BYTES} bytes of UTF-8, not {size}: {value[:80]!r}…"
+        )
     return value
 
 
@@ -165,3 +173,10 @@ def _check_texts(name: str, value: object) -> None:
         case list() | tuple():
             for item in value:
                 _check_texts(name, item)
+
+
+def instance(name: str, value: _T, expected: type[Any]) -> _T:
+    """An object of a class."""
+    if not isinstance(value, expected):
+        raise TypeError(f"{name} must be a {expected.__name__}, not {value!r}")
+    return value

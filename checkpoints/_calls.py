@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from sqlalchemy import Row, Select
 
+from checkpoints import _arguments as arguments
 from checkpoints import statements
 from checkpoints.errors import ReservationLost, SubscriptionRunning, UnknownSubscription
 from checkpoints.records import (
@@ -70,6 +71,12 @@ def _held(reservation: Reservation, answer: Callable[[Rows], T]) -> Callable[[Ro
         return answer(rows)
 
     return held
+
+
+def _token(reservation: Reservation) -> tuple[int, datetime]:
+    """The id and the token, for a statement."""
+    arguments.instance("reservation", reservation, Reservation)
+    return reservation.id, reservation.reserved_until
 
 
 def record_checkpoints(records: Iterable[CheckpointRecord]) -> Call[list[RecordedCheckpoint]]:
@@ -137,7 +144,7 @@ def update_checkpoint_position(
     """
     return Call(
         statements.update_checkpoint_position(
-            reservation.id, reservation.reserved_until, stream_position, process_at=process_at
+            *_token(reservation), stream_position, process_at=process_at
         ),
         _held(reservation, _one(CheckpointPosition)),
     )
@@ -167,8 +174,7 @@ def record_checkpoint_error(
 
     return Call(
         statements.record_checkpoint_error(
-            reservation.id,
-            reservation.reserved_until,
+            *_token(reservation),
             stream_position,
             status=status,
             retry_attempts=retry_attempts,
@@ -207,9 +213,7 @@ def extend_checkpoint_reservation(
         ReservationLost: let it roll the transaction back.
     """
     return Call(
-        statements.extend_checkpoint_reservation(
-            reservation.id, reservation.reserved_until, reservation_timeout
-        ),
+        statements.extend_checkpoint_reservation(*_token(reservation), reservation_timeout),
         _held(reservation, lambda rows: replace(reservation, reserved_until=rows[0][1])),
     )
 

@@ -46,7 +46,7 @@ class UnknownSubscription(CheckpointsError):
         which = "that was given" if subscription_id is None else repr(subscription_id)
         super().__init__(
             f"there is no subscription with id {which}: nothing was changed; "
-            "add it first with add_or_update_subscription()"
+            "give the id that add_or_update_subscription() returns"
         )
         self.subscription_id = subscription_id
 
@@ -86,6 +86,7 @@ class SchemaNotMigrated(CheckpointsError):
 
     def __init__(self, missing: str) -> None:
         super().__init__(
-            f"the schema of checkpoints is missing or too old ({missing}): "
-            "run the migration, `alembic upgrade head`, for this database and schema"
+            f"the schema of checkpoints is missing or too old ({missing}): run the migration for "
+            "this database and schema, `alembic upgrade head` in a clone, or from Python "
+            'alembic.command.upgrade(checkpoints.alembic_config(url, schema=…), "head")'
         )

@@ -10,18 +10,16 @@ import inspect
 import re
 from collections.abc import Callable, Coroutine
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
 
 from checkpoints import _calls as calls
 from checkpoints._calls import Call
 from checkpoints.errors import SchemaNotMigrated, SubscriptionExists, UnknownSubscription
-
-if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 __all__ = ["AsyncCheckpoints", "Checkpoints"]
 
@@ -113,6 +111,11 @@ class Checkpoints:
     """
 
     def __init__(self, connection: Connection | Session) -> None:
+        if not isinstance(connection, Connection | Session | scoped_session):
+            raise TypeError(
+                f"connection must be a Connection or a Session, not {connection!r}; "
+                "such as that of `with engine.begin() as connection`"
+            )
         self._connection = connection
 
     record_checkpoints = _blocking(calls.record_checkpoints)
@@ -164,6 +167,11 @@ class AsyncCheckpoints:
     """The statements on an `AsyncConnection` or an `AsyncSession`: `Checkpoints`, awaited."""
 
     def __init__(self, connection: AsyncConnection | AsyncSession) -> None:
+        if not isinstance(connection, AsyncConnection | AsyncSession | async_scoped_session):
+            raise TypeError(
+                f"connection must be an AsyncConnection or an AsyncSession, not {connection!r}; "
+                "such as that of `async with engine.begin() as connection`"
+            )
         self._connection = connection
 
     record_checkpoints = _awaitable(calls.record_checkpoints)

@@ -7,6 +7,8 @@ from pathlib import Path
 from alembic.config import Config
 from sqlalchemy import URL
 
+from checkpoints import _arguments as arguments
+
 __all__ = ["alembic_config", "script_location"]
 
 
@@ -24,6 +26,11 @@ def alembic_config(url: str | URL, *, schema: str = "checkpoints") -> Config:
 
     `schema` is where the tables and the version table lie; it is made if it is missing.
     """
+    if not isinstance(url, str | URL):
+        raise TypeError(f"url must be a string or a sqlalchemy.URL, not {url!r}")
+    if not str(url):
+        raise ValueError("url must not be empty: expected postgresql+psycopg://user@host/database")
+    arguments.name("schema", schema)
     config = Config()
     config.set_main_option("script_location", str(script_location()).replace("%", "%%"))
     config.set_main_option("path_separator", "os")

@@ -185,6 +185,12 @@ def test_a_nul_anywhere_in_an_error_is_refused(error: Any) -> None:
         function(**{**arguments, "error": error})
 
 
+def test_a_name_that_no_index_could_hold_is_refused_by_its_size() -> None:
+    with pytest.raises(ValueError, match=r"stream_name must have at most 2000 bytes .* not 2002"):
+        CheckpointRecord(1, "é" * 1001, 1)
+    CheckpointRecord(1, "é" * 1000, 1)
+
+
 def test_a_position_past_the_version_is_refused() -> None:
     with pytest.raises(ValueError, match=r"stream_position .* 4 > 3"):
         CheckpointRecord(1, "a", 3, 4)

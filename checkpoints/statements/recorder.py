@@ -36,6 +36,8 @@ def record_checkpoints(records: Iterable[CheckpointRecord]) -> Select[int, int, 
         sqlalchemy.exc.IntegrityError: on execution, for an unknown subscription; nothing is
             recorded. The executing layer raises `UnknownSubscription`.
     """
+    if not isinstance(records, Iterable):
+        raise TypeError(f"records must be an iterable of CheckpointRecord, not {records!r}")
     given = list(records)
     for index, record in enumerate(given):
         if not isinstance(record, CheckpointRecord):

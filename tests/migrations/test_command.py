@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.script import ScriptDirectory
@@ -59,6 +60,30 @@ def test_a_percent_sign_in_the_ini_is_one_line(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("%2F", "%%2F"))
     done = alembic("current", ini=path)
     assert "user:***@127.0.0.1:1/name cannot be reached" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "option", ["shema=other", "other", "schema=", "url=", f"schema={'s' * 64}"]
+)
+def test_an_option_that_is_not_understood_is_one_line(database_url: URL, option: str) -> None:
+    done = alembic("-x", option, "upgrade", "head", DATABASE_URL=shown(database_url))
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "-x " in done.stderr or "at most 63 bytes" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("url", "schema", "error"),
+    [
+        ("", "a", ValueError),
+        (None, "a", TypeError),
+        ("postgresql://", "", ValueError),
+        ("postgresql://", 3, TypeError),
+    ],
+)
+def test_a_config_is_of_a_url_and_a_schema(url: Any, schema: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=r"url must|schema must"):
+        alembic_config(url, schema=schema)
 
 
 def test_an_ini_of_one_section_is_enough(database_url: URL, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from datetime import timedelta
 
 import pytest
@@ -156,6 +157,14 @@ class TestRecord:
         records = [CheckpointRecord(subscription, f"account-{n}", 1) for n in range(10_000)]
         assert len(connection.execute(record_checkpoints(records)).all()) == 10_000
         assert violations(connection) == []
+
+    def test_the_longest_name_fits(self, connection: Connection, subscription: int) -> None:
+        # Random, for what repeats itself is compressed.
+        name = "".join(chr(0x4E00 + n) for n in random.Random(1).sample(range(20_000), 666))
+        row = connection.execute(
+            record_checkpoints([CheckpointRecord(subscription, name, 1)])
+        ).one()
+        assert row.stream_name == name
 
     @pytest.mark.parametrize("name", ["account-'1'", "ac\tcount\n\\x", "счёт-1", "$1 %s %(a)s :b"])
     def test_names_are_data(self, connection: Connection, subscription: int, name: str) -> None:
