@@ -59,9 +59,10 @@ class Keeper(threading.Thread):
         self._stopped.set()
 
     def run(self) -> None:
-        """Look after what is kept, and recover, until stopped: once in any case."""
+        """Look after what is kept, recover and end replays until stopped, and once more then."""
         recover_at = time.monotonic()
         while True:
+            last = self._stopped.is_set()
             try:
                 self._end_hanging()
                 self._extend_due()
@@ -69,13 +70,17 @@ class Keeper(threading.Thread):
                     recover_at = time.monotonic() + jittered(self._settings.recover_interval)
                     if self._recover() == outcomes.RECOVERED_AT_ONCE:
                         recover_at = time.monotonic()
+                    self._finish_replays()
+                elif last:
+                    self._finish_replays()
             except Exception as error:
                 if is_outage(error):
                     self._outage.away(error)
                 else:
                     outcomes.log_unexpected(self._settings.group, "keeping failed")
-            if self._stopped.wait(self._settings.keeping_seconds(recover_at - time.monotonic())):
+            if last:
                 return
+            self._stopped.wait(self._settings.keeping_seconds(recover_at - time.monotonic()))
 
     def _all(self) -> list[Held]:
         with self._guard:
@@ -141,3 +146,8 @@ class Keeper(threading.Thread):
             expired = outcomes.recover(connection, self._settings)
         outcomes.log_expired(self._telemetry, self._settings.group, expired)
         return len(expired)
+
+    def _finish_replays(self) -> None:
+        with self._own.begin() as connection:
+            replayed = outcomes.finish_replays(connection, self._settings)
+        outcomes.log_replayed(self._settings.group, replayed)

@@ -16,7 +16,13 @@ from typing import ParamSpec, Self
 from sqlalchemy import Connection, func, select
 
 from checkpoints.executing import Checkpoints
-from checkpoints.records import CheckpointStatus, ExpiredReservation, JSONValue, Reservation
+from checkpoints.records import (
+    CheckpointStatus,
+    ExpiredReservation,
+    JSONValue,
+    Reservation,
+    SubscriptionStatus,
+)
 from checkpoints.runtime._held import Holding
 from checkpoints.runtime._outage import Backoff, is_conflict, is_outage
 from checkpoints.runtime.retry import RetryPolicy, describe_error, message_of
@@ -228,6 +234,27 @@ def recover(connection: Connection, settings: ConsumerSettings) -> list[ExpiredR
     )
 
 
+def finish_replays(connection: Connection, settings: ConsumerSettings) -> list[str]:
+    """Make subscriptions active again whose replay has nothing left to do; their names.
+
+    In a transaction of its own: in that of a position, the last two consumers of a replay would
+    each see the other at work.
+    """
+    replaying = connection.execute(
+        select(subscriptions.c.id, subscriptions.c.name)
+        .join(
+            subscription_groups, subscription_groups.c.id == subscriptions.c.subscription_group_id
+        )
+        .where(
+            subscription_groups.c.name == settings.group,
+            subscriptions.c.status == SubscriptionStatus.REPLAY,
+        )
+        .order_by(subscriptions.c.id)
+    ).all()
+    checkpoints = Checkpoints(connection)
+    return [name for id, name in replaying if checkpoints.finish_replay(id)]
+
+
 def _wait_briefly(connection: Connection, settings: ConsumerSettings) -> None:
     """Whoever has the row locked for long must not keep the other checkpoints from their turn."""
     milliseconds = max(10, int(settings.reservation_timeout.total_seconds() * 1000 / 60))
@@ -370,3 +397,10 @@ def log_expired(telemetry: Telemetry, group: str, expired: Sequence[ExpiredReser
                 "attempt": record.retry_attempts,
             },
         )
+
+
+@_harmless
+def log_replayed(group: str, names: Sequence[str]) -> None:
+    """Replays reached their end."""
+    for name in names:
+        logger.info("the replay of %r is done", name, extra={"group": group, "subscription": name})

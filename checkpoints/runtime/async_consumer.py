@@ -426,9 +426,10 @@ class AsyncConsumer:
     # --- keeping
 
     async def _keep(self, ending: asyncio.Event) -> None:
-        """Look after what is held, and recover, until the end: once in any case."""
+        """Look after what is held, recover and end replays until the end, and once more then."""
         recover_at = time.monotonic()
         while True:
+            last = ending.is_set()
             try:
                 await self._end_hanging()
                 await self._extend_due()
@@ -436,13 +437,17 @@ class AsyncConsumer:
                     recover_at = time.monotonic() + jittered(self._settings.recover_interval)
                     if await self._recover() == outcomes.RECOVERED_AT_ONCE:
                         recover_at = time.monotonic()
+                    await self._finish_replays()
+                elif last:
+                    await self._finish_replays()
             except Exception as error:
                 if is_outage(error):
                     self._outage.away(error)
                 else:
                     outcomes.log_unexpected(self._settings.group, "keeping failed")
-            if await _wait(ending, self._settings.keeping_seconds(recover_at - time.monotonic())):
+            if last:
                 return
+            await _wait(ending, self._settings.keeping_seconds(recover_at - time.monotonic()))
 
     async def _end_hanging(self) -> None:
         """Cancel handlers that take too long; free the slot of one that goes on regardless."""
@@ -500,6 +505,11 @@ class AsyncConsumer:
             expired = await connection.run_sync(outcomes.recover, self._settings)
         outcomes.log_expired(self._telemetry, self._settings.group, expired)
         return len(expired)
+
+    async def _finish_replays(self) -> None:
+        async with self._own.begin() as connection:
+            replayed = await connection.run_sync(outcomes.finish_replays, self._settings)
+        outcomes.log_replayed(self._settings.group, replayed)
 
     # --- listening
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from datetime import timedelta
@@ -10,7 +11,15 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from checkpoints import CheckpointRecord, CheckpointStatus, ReplayMode, record_checkpoints
+from checkpoints import (
+    CheckpointRecord,
+    Checkpoints,
+    CheckpointStatus,
+    ReplayMode,
+    Subscription,
+    SubscriptionStatus,
+    record_checkpoints,
+)
 from tests.runtime.consumers import Bench, Outside, Work, until
 from tests.support.factories import FAR_AHEAD, GROUP, LONG_AGO, state, violations
 
@@ -127,7 +136,15 @@ def test_no_connection_is_held_while_a_handler_outside_a_transaction_runs(bench:
     held: list[int] = []
 
     async def outside(_work: Work) -> None:
-        held.append(runner.sync_engine.pool.checkedout())  # type: ignore[attr-defined]
+        pool = runner.sync_engine.pool  # type: ignore[attr-defined]
+        ends = time.monotonic() + 10
+        # The keeper takes one for a moment now and then.
+        while pool.checkedout() and time.monotonic() < ends:
+            if bench.is_async:
+                await asyncio.sleep(0.005)
+            else:
+                time.sleep(0.005)
+        held.append(pool.checkedout())
 
     runner = bench.consumer(Outside(outside), concurrency=1, listen=False)
     runner.drain()
@@ -216,6 +233,35 @@ def test_a_consumer_of_replays_leaves_live_subscriptions(bench: Bench) -> None:
 
     assert bench.consumer(write, replay_mode=ReplayMode.REPLAY).drain() == 0
     assert bench.consumer(write, replay_mode=ReplayMode.LIVE).drain() == 1
+
+
+def replay(bench: Bench, **columns: Any) -> Subscription:
+    """Replay a stream with three messages, drain, and see how the subscription stands."""
+    bench.fill("account-1", **columns)
+    with bench.engine.begin() as connection:
+        Checkpoints(connection).pause_subscription(1)
+        Checkpoints(connection).replay_subscription(1, target_position=9)
+    targets = []
+
+    async def step(work: Work) -> None:
+        targets.append(work.reservation.replay_target_position)
+
+    assert bench.consumer(step).drain() == len(targets)
+    assert set(targets) <= {9}
+    with bench.engine.connect() as connection:
+        subscription = Checkpoints(connection).get_subscription(GROUP, "balances")
+    assert subscription is not None
+    return subscription
+
+
+def test_a_replay_ends_when_nothing_of_it_is_left(bench: Bench) -> None:
+    ended = replay(bench)
+    assert (ended.status, ended.replay_target_position) == (SubscriptionStatus.ACTIVE, None)
+
+
+def test_a_replay_with_work_left_goes_on(bench: Bench) -> None:
+    going_on = replay(bench, process_at=FAR_AHEAD)
+    assert (going_on.status, going_on.replay_target_position) == (SubscriptionStatus.REPLAY, 9)
 
 
 def test_run_once_processes_one_batch(bench: Bench) -> None:
