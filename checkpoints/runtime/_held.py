@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from socket import SHUT_RDWR, socket
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -95,3 +98,35 @@ class Held(Holding):
                 driver = self._connection.connection.driver_connection
                 if driver is not None:
                     driver.cancel_safe(timeout=5)
+
+    def sever(self) -> None:
+        """Break the connection of a handler that nobody waits for.
+
+        Not while the worker ends the reservation: that is no hanging.
+        """
+        if not self.lock.acquire(blocking=False):
+            return
+        try:
+            with self._guard:
+                connection, self._connection = self._connection, None
+                sever(connection)
+        finally:
+            self.lock.release()
+
+
+def sever(connection: Connection | None) -> None:
+    """Break a connection that another thread or task may be using: its transaction ends.
+
+    Else the locks of a handler that hangs would hold up the next attempt for as long as it hangs,
+    until that has failed, too; and its place in the pool would be lost.
+    """
+    # None: there is none. An error: it is broken already.
+    with suppress(Exception):
+        if connection is not None:
+            pooled = connection.connection
+            driver: Any = pooled.driver_connection
+            # Not closed: whoever uses it finds it broken, and its number is not another's.
+            with socket(fileno=os.dup(driver.fileno())) as stream:
+                stream.shutdown(SHUT_RDWR)
+            # The pool may make another in its place.
+            pooled.detach()

@@ -94,9 +94,11 @@ class Keeper(threading.Thread):
             if not held.timed_out:
                 held.timed_out = True
                 held.cancel()
-            elif held.over or self._worker.give_up(held):
-                held.abandoned = True
-                self._on_abandoned(held)
+            else:
+                held.sever()
+                if held.over or self._worker.give_up(held):
+                    held.abandoned = True
+                    self._on_abandoned(held)
 
     # --- extending
 
@@ -124,6 +126,7 @@ class Keeper(threading.Thread):
         # Whoever has the lock is ending the reservation.
         if not held.lock.acquire(blocking=False):
             return
+        lost = False
         try:
             if held.over:
                 return
@@ -133,13 +136,17 @@ class Keeper(threading.Thread):
             held.extended_at = time.monotonic()
         except ReservationLost:
             self._worker.lose(held)
-            held.cancel()
+            lost = True
         except Exception as error:
             if is_outage(error):
                 raise
             outcomes.log_not_extended(self._settings.group, held.reservation, error)
         finally:
             held.lock.release()
+        if lost:
+            # Whatever it still does is for nothing, and may hold up the one that does it now.
+            held.cancel()
+            held.sever()
 
     def _recover(self) -> int:
         with self._own.begin() as connection:

@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeAlias, TypeVar, Unpack
 
+from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.util import greenlet_spawn
@@ -18,7 +19,7 @@ from sqlalchemy.util import greenlet_spawn
 from checkpoints.errors import ReservationLost
 from checkpoints.records import Reservation
 from checkpoints.runtime import _outcomes as outcomes
-from checkpoints.runtime._held import Holding
+from checkpoints.runtime._held import Holding, sever
 from checkpoints.runtime._outage import Backoff, OutageLog, is_outage, is_passing
 from checkpoints.runtime._outcomes import Attempt, Failure, Goal
 from checkpoints.runtime.listening import listen_sql, open_connection
@@ -73,6 +74,15 @@ class _Held(Holding):
         super().__init__(reservation, settings.reservation_timeout)
         self.lock = asyncio.Lock()
         self.task: asyncio.Task[None] | None = None
+
+        self.connection: Connection | None = None
+        """That the handler works on now."""
+
+    def sever(self) -> None:
+        """Break the connection of a handler that nobody waits for; not while it is at its end."""
+        if not self.lock.locked():
+            connection, self.connection = self.connection, None
+            sever(connection)
 
     def cancel(self) -> None:
         """Cancel its handler, if it was started."""
@@ -324,12 +334,14 @@ class AsyncConsumer:
                     attempt.done_outside = True
                 async with self._engine.connect() as connection:
                     attempt.connected = True
+                    held.connection = connection.sync_connection
                     try:
                         if not attempt.done_outside:
                             await self._run(handler, connection, held, attempt)
                         await self._complete(connection, held, attempt.position)
                     finally:
                         broken = connection.invalidated
+                        held.connection = None
                 return None
             except KeyboardInterrupt:
                 # In the loop's thread it is no error of the handler, but for the program.
@@ -457,7 +469,10 @@ class AsyncConsumer:
             if not held.timed_out:
                 held.timed_out = True
                 held.cancel()
-            elif held.over or await self._give_up(held):
+                continue
+            # It goes on in spite of that.
+            held.sever()
+            if held.over or await self._give_up(held):
                 held.abandoned = True
                 self._free(held)
 
@@ -571,6 +586,8 @@ class AsyncConsumer:
                 held.cancel()
             if tasks:
                 await asyncio.wait(tasks, timeout=_PATIENCE)
+            for held in running:
+                held.sever()
             await self._give_back(running)
 
     async def _give_back(self, helds: Iterable[_Held]) -> None:

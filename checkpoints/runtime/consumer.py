@@ -316,6 +316,7 @@ class Consumer:
                 outcomes.log_given_up(self._settings.group, held.reservation)
                 held.abandoned = True
                 held.cancel()
+                held.sever()
             self._give_back(running, keeper)
             # A handler that waits for something else than the database goes on by itself.
             self._threads -= {held.worker for held in running if not held.finished}

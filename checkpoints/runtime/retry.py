@@ -7,7 +7,6 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import MappingProxyType
 
 from checkpoints import _arguments as arguments
 from checkpoints.records import JSONValue
@@ -33,9 +32,7 @@ class RetryPolicy:
     factor: float = 2.0
     longest_delay: timedelta = timedelta(hours=1)
     jitter: float = 0.2
-    max_attempts_by_type: Mapping[type[BaseException], int] = field(
-        default_factory=lambda: MappingProxyType({})
-    )
+    max_attempts_by_type: Mapping[type[BaseException], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         arguments.limit("max_attempts", self.max_attempts)

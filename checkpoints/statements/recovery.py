@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from functools import cache
 
-from sqlalchemy import Integer, Select, case, func, literal_column, null, select, update
+from sqlalchemy import Float, Integer, Select, case, func, literal_column, null, select, update
 from sqlalchemy.dialects.postgresql import INTERVAL, JSONB
 
 from checkpoints import _arguments as arguments
@@ -61,7 +61,8 @@ def record_expired_checkpoint_reservations(
 
     For consumers whose handlers may bring their process down: a message that kills every worker
     ends as failed instead of being given to one after the other for ever. Below `max_attempts`
-    the status is retry, and the next attempt comes after `process_at`, doubled with each attempt
+    the status is retry, and the next attempt comes after `process_at` (half of it more or less, by
+    chance), doubled with each attempt
     before, an hour at most; then the status is failed. What has nothing left to do is left as it
     is. The expiry is appended to `retries`
     as an error of the type `ReservationExpired`.
@@ -91,9 +92,12 @@ def _record_expired() -> Select[int, CheckpointStatus, int]:
     exhausted = attempts >= template.integer("record_expired_max_attempts")
     # 2^12 seconds are more than an hour already; a greater exponent might overflow.
     doublings = func.least(checkpoints.c.retry_attempts, literal_column("12", Integer()))
+    # Those that a process had together come apart, for one of them may have killed it: together
+    # they would be killed again and again, and end as failed together.
+    spread = literal_column("0.5", Float()) + func.random(type_=Float())
     delay = func.least(
         template.duration("record_expired_process_in").op("*", return_type=INTERVAL())(
-            func.power(literal_column("2", Integer()), doublings)
+            func.power(literal_column("2", Integer()), doublings) * spread
         ),
         literal_column("interval '1 hour'"),
     )

@@ -50,7 +50,9 @@ class TestRecordExpired:
         after = state(connection, id)
         assert (after.reserved_until, after.reserved) == (None, None)
         assert after.ready is not None
-        assert abs(after.ready - database_time(connection) - MINUTE) < timedelta(seconds=10)
+        # Half of it is chance, so that those that were held together come apart.
+        waits = after.ready - database_time(connection)
+        assert MINUTE * 0.4 < waits < MINUTE * 1.5
         assert after.retries is not None
         (entry,) = after.retries
         assert (entry["attempt"], entry["stream_position"]) == (1, 0)
@@ -71,7 +73,7 @@ class TestRecordExpired:
         expire(connection, process_at=MINUTE)
         ready = state(connection, id).ready
         assert ready is not None
-        assert abs(ready - database_time(connection) - 2 * MINUTE) < timedelta(seconds=10)
+        assert MINUTE * 0.9 < ready - database_time(connection) < MINUTE * 3
 
     def test_gives_up_at_the_last_attempt(self, connection: Connection, subscription: int) -> None:
         id = add_checkpoint(
