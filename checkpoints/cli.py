@@ -59,7 +59,7 @@ def _demo(given: argparse.Namespace) -> int:
         from checkpoints.demo.run import demonstrate  # noqa: PLC0415
     except ImportError as error:
         raise DemoError(f"{error}: run `pip install 'checkpoints[demo]'`") from error
-    holds = demonstrate(given.repo, workers=given.workers, with_chaos=given.chaos, url=given.url)
+    holds = demonstrate(given.repo, processes=given.workers, with_chaos=given.chaos, url=given.url)
     return 0 if holds else 1
 
 

@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from sqlalchemy import URL, Connection, Engine, create_engine, delete, inspect, text, update
 
-from checkpoints import Checkpoints, CheckpointStatus, Reservation
-from checkpoints.demo import DemoError
+from checkpoints import Checkpoints, Reservation
+from checkpoints.demo import DemoError, projection
+from checkpoints.demo.chaos import Misfortune, Unlucky
 from checkpoints.demo.history import Repository
-from checkpoints.demo.projection import HANDLERS, Handler, Message
-from checkpoints.demo.recorder import Recorder
+from checkpoints.demo.importer import Importer
+from checkpoints.demo.projection import HANDLERS, read_messages
+from checkpoints.demo.recorder import Recording
 from checkpoints.demo.schema import database_url as parsed_url
 from checkpoints.demo.schema import demo_schema
-from checkpoints.demo.tables import SCHEMA, authors, demo_engine, incidents, lines, messages
+from checkpoints.demo.tables import GROUP, SCHEMA, authors, demo_engine, lines
 from checkpoints.demo.verdict import Check, verdict
-from checkpoints.demo.worker import Settings, work
-from tests.test_history import build_odd_repository, commit, git, write
+from checkpoints.demo.workers import LOST, RECOVERED, RETRIED
+from checkpoints.runtime import Consumer, Handler, RetryPolicy
+from tests.support.histories import build_odd_repository, commit, git, import_commits, write
 
 COMMAND = [sys.executable, "-m", "checkpoints", "demo"]
 # A run starts a server and processes.
 SECONDS = 120
+SOON = RetryPolicy(first_delay=timedelta(milliseconds=1))
 UNREACHABLE = "postgresql://user:secret@127.0.0.1:1/nowhere"
 
 
@@ -45,20 +51,9 @@ def long_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A history that takes some seconds to process."""
     path = tmp_path_factory.mktemp("demo")
     git(path, "init", "-q", "-b", "main", "long")
-    history = []
-    for number in range(3000):
-        history.append(
-            f"commit refs/heads/main\ncommitter a <a@b> {10**9 + number} +0000\ndata 0\n"
-        )
-        history += [
-            f"M 644 inline {number % 500}/{file}\ndata {len(str(number))}\n{number}\n"
-            for file in range(5)
-        ]
-    subprocess.run(
-        ["git", "fast-import", "--quiet"],
-        cwd=path / "long",
-        input="".join(history).encode(),
-        check=True,
+    import_commits(
+        path / "long",
+        ({f"{number % 500}/{file}": f"{number}" for file in range(5)} for number in range(3000)),
     )
     return path / "long"
 
@@ -107,6 +102,8 @@ def test_chaos_kills_and_fails_and_the_result_is_the_same(odd_repository: Path) 
     assert done.returncode == 0, done
     assert "PASSED" in done.stdout
     assert figure(done.stdout, "workers killed") >= 3
+    assert figure(done.stdout, "recorders replaced") == 3
+    assert figure(done.stdout, "reservations recovered") >= 1
     assert figure(done.stdout, "errors retried") >= 1
 
 
@@ -130,32 +127,42 @@ def test_the_repository_is_the_clone_of_the_package_unless_named() -> None:
 
 
 @contextmanager
-def processed(url: URL, path: Path) -> Iterator[tuple[Engine, Repository]]:
-    """A database in which one worker has processed all of a history."""
+def processed(
+    url: URL, path: Path, handlers: Mapping[str, Handler] = HANDLERS
+) -> Iterator[tuple[Engine, Repository]]:
+    """A database in which all of a history is processed."""
     repository = Repository.at(path)
-    with demo_schema(url) as subscription_ids:
-        engine = demo_engine(url, pool_size=2)
+    with demo_schema(url):
+        engine = demo_engine(url, pool_size=3)
         try:
-            recorder = Recorder(engine, repository, subscription_ids)
-            recorder.run()
-            assert recorder.error is None
-            work_until_idle(engine)
+            importer = Importer(engine, repository)
+            importer.run()
+            with recording(engine) as recorded:
+                wait_until(lambda: recorded.has_all(importer))
+            while left(engine):
+                Consumer(engine, GROUP, handlers, concurrency=1, retry=SOON).drain()
             yield engine, repository
         finally:
             engine.dispose()
 
 
-def work_until_idle(engine: Engine, handlers: dict[str, Handler] | None = None) -> None:
-    settings = Settings(
-        poll_every=timedelta(milliseconds=1), first_retry_after=timedelta(milliseconds=1)
-    )
+@contextmanager
+def recording(engine: Engine) -> Iterator[Recording]:
+    """What records in the background."""
+    with ThreadPoolExecutor() as threads:
+        recorded = Recording(engine)
+        done = threads.submit(recorded.run)
+        try:
+            yield recorded
+        finally:
+            recorded.stop()
+            done.result()
 
-    def is_idle() -> bool:
-        with engine.begin() as connection:
-            metrics = Checkpoints(connection).get_metrics()
-        return not any(each.ready or each.reserved for each in metrics)
 
-    work(engine, handlers or dict(HANDLERS), is_idle, settings)
+def left(engine: Engine) -> int:
+    with engine.connect() as connection:
+        metrics = Checkpoints(connection).get_metrics()
+    return sum(each.ready + each.reserved for each in metrics)
 
 
 def failing(checks: list[Check]) -> dict[str, list[str]]:
@@ -216,81 +223,53 @@ def test_the_verdict_sees_a_broken_rule(database_url: URL, odd_repository: Path)
         assert "audit_checkpoints()" in failing(verdict(engine, repository))
 
 
-def test_a_handler_that_always_fails_ends_as_failed_after_five_attempts(
+def test_an_unlucky_message_fails_as_often_as_it_must_whatever_else_ends_an_attempt(
     database_url: URL, odd_repository: Path
 ) -> None:
-    def fail(connection: Connection, reservation: Reservation, received: list[Message]) -> None:
-        HANDLERS["lines"](connection, reservation, received)
-        raise RuntimeError("no")
+    head = Repository.at(odd_repository).head
+    unlucky = {name: Unlucky(handler, 1, head, 0) for name, handler in HANDLERS.items()}
+    failed: Counter[str] = Counter()
 
-    with processed(database_url, odd_repository) as (engine, repository):
-        with engine.begin() as connection:
-            connection.execute(
-                text(
-                    f"UPDATE {SCHEMA}.checkpoints SET stream_position = 0"
-                    " WHERE stream_name = 'renamed' AND subscription_id ="
-                    f" (SELECT id FROM {SCHEMA}.subscriptions WHERE name = 'lines')"
-                )
-            )
-        work_until_idle(engine, {"lines": fail})  # type: ignore[dict-item]
-        with engine.begin() as connection:
-            (failed,) = Checkpoints(connection).list_failed()
-            errors = connection.execute(text(f"SELECT count(*) FROM {SCHEMA}.incidents")).scalar()
-        assert (failed.stream_position, failed.retry_attempts) == (0, 5)
-        assert failed.status is CheckpointStatus.FAILED
-        assert errors == 5
-        # What it wrote before it raised is gone.
-        assert failing(verdict(engine, repository)) == {"work left": ["lines: 1 failed"]}
+    def counted(connection: Connection, reservation: Reservation) -> int | None:
+        try:
+            return unlucky[reservation.subscription_name](connection, reservation)
+        except Misfortune as misfortune:
+            failed[f"{reservation.subscription_name}: {misfortune}"] += 1
+            raise
+
+    with processed(database_url, odd_repository, dict.fromkeys(HANDLERS, counted)) as both:
+        assert failing(verdict(*both)) == {}
+    assert len(failed) > 20
+    assert set(failed.values()) == {1, 2}
 
 
-def test_a_worker_whose_reservation_was_taken_applies_nothing(
-    database_url: URL, odd_repository: Path
+def test_consumers_log_what_chaos_counts(
+    database_url: URL, odd_repository: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with processed(database_url, odd_repository) as (engine, repository):
-        with engine.begin() as connection:
-            connection.execute(
-                text(f"UPDATE {SCHEMA}.checkpoints SET stream_position = 0 WHERE id = 1")
-            )
-            connection.execute(delete(lines))
-            connection.execute(delete(authors))
-            connection.execute(text(f"UPDATE {SCHEMA}.checkpoints SET stream_position = 0"))
+    calls = itertools.count()
 
-        def interfere(
-            connection: Connection, reservation: Reservation, received: list[Message]
-        ) -> None:
-            HANDLERS[reservation.subscription_name](connection, reservation, received)
-            if not taken:
-                taken.append(reservation.id)
-                with engine.begin() as another:
+    def interfere(connection: Connection, reservation: Reservation) -> int | None:
+        match next(calls):
+            case 0:
+                raise RuntimeError("an error")
+            case 1:
+                with connection.engine.begin() as another:
                     Checkpoints(another).release_checkpoint_reservation(reservation.id)
+            case 2:
+                with connection.engine.begin() as another:
+                    Checkpoints(another).reserve_next_available_checkpoint(
+                        GROUP, timedelta(milliseconds=1)
+                    )
+        return HANDLERS[reservation.subscription_name](connection, reservation)
 
-        taken: list[int] = []
-        work_until_idle(engine, dict.fromkeys(HANDLERS, interfere))  # type: ignore[arg-type]
-        assert len(taken) == 1
-        assert failing(verdict(engine, repository)) == {}
-        with engine.begin() as connection:
-            lost = connection.execute(incidents.select().where(incidents.c.kind == "lost")).all()
-        assert len(lost) == 1
-
-
-def test_a_worker_that_stops_gives_back_what_it_had_not_started(
-    database_url: URL, odd_repository: Path
-) -> None:
-    with processed(database_url, odd_repository) as (engine, _):
-        with engine.begin() as connection:
-            connection.execute(text(f"UPDATE {SCHEMA}.checkpoints SET stream_position = 0"))
-            connection.execute(delete(messages))
-            before = Checkpoints(connection).get_metrics()
-        calls = iter([False, False])
-        work(engine, HANDLERS, lambda: next(calls, True), replace(Settings(), reserve=5))
-        with engine.begin() as connection:
-            after = Checkpoints(connection).get_metrics()
-        assert sum(each.reserved for each in after) == 0
-        assert sum(each.ready for each in after) == sum(each.ready for each in before) - 1
+    with processed(database_url, odd_repository, dict.fromkeys(HANDLERS, interfere)) as both:
+        assert failing(verdict(*both)) == {}
+    logged = Counter(str(record.msg) for record in caplog.records if record.levelname == "WARNING")
+    assert logged == {RETRIED: 1, LOST: 1, RECOVERED: 1}
 
 
 def test_a_long_stream_is_processed_in_transactions_of_bounded_size(
-    database_url: URL, tmp_path: Path
+    database_url: URL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     git(tmp_path, "init", "-q", "-b", "main", "long")
     for number in range(7):
@@ -298,25 +277,14 @@ def test_a_long_stream_is_processed_in_transactions_of_bounded_size(
         commit(tmp_path / "long", "x")
     sizes = []
 
-    def measure(connection: Connection, reservation: Reservation, received: list[Message]) -> None:
-        sizes.append(len(received))
-        HANDLERS[reservation.subscription_name](connection, reservation, received)
+    def measure(connection: Connection, reservation: Reservation) -> int | None:
+        sizes.append(len(read_messages(connection, reservation)))
+        return HANDLERS[reservation.subscription_name](connection, reservation)
 
-    with demo_schema(database_url) as subscription_ids:
-        engine = demo_engine(database_url, pool_size=2)
-        repository = Repository.at(tmp_path / "long")
-        Recorder(engine, repository, subscription_ids).run()
-        rounds = iter(range(8))
-        work(
-            engine,
-            dict.fromkeys(HANDLERS, measure),  # type: ignore[arg-type]
-            lambda: next(rounds, None) is None,
-            Settings(reserve=1, messages=3),
-        )
-        assert sizes == [3, 3, 3, 3] or sorted(sizes) == [3, 3, 3, 3]
-        work_until_idle(engine)
-        assert failing(verdict(engine, repository)) == {}
-        engine.dispose()
+    monkeypatch.setattr(projection, "LIMIT", 3)
+    with processed(database_url, tmp_path / "long", dict.fromkeys(HANDLERS, measure)) as both:
+        assert sorted(sizes) == [1, 1, 3, 3, 3, 3]
+        assert failing(verdict(*both)) == {}
 
 
 def test_a_database_is_left_as_it_was(database_url: URL, odd_repository: Path) -> None:

@@ -13,85 +13,15 @@ import pytest
 from checkpoints.demo import DemoError
 from checkpoints.demo.history import Change, Commit, Repository, read_commits, text_of
 from checkpoints.demo.verdict import recounted, unquoted
-
-_IDENTITY = {
-    "GIT_AUTHOR_NAME": 'Ann "Q" O\\Neil',
-    "GIT_AUTHOR_EMAIL": "ann@example.org",
-    "GIT_COMMITTER_NAME": "Committer",
-    "GIT_COMMITTER_EMAIL": "committer@example.org",
-    "GIT_CONFIG_GLOBAL": "/dev/null",
-    "GIT_CONFIG_NOSYSTEM": "1",
-}
-AUTHOR = 'Ann "Q" O\\\\Neil <ann@example.org>'
-
-ODD_NAMES = [
-    b" leading and trailing ",
-    b"back\\slash",
-    b"bell\a\x01\x1b[31m",
-    b"carriage\rreturn",
-    b'"quoted"',
-    b"latin-1 \xe9",
-    b"more\ttabs\t",
-    b"-",
-    b"1\t1\tlike numstat",
-    b"new\nline",
-    b"n" * 250,
-    b"/".join([b"deep" * 50] * 14),
-    "żółć 😀".encode(),
-    b"\x02mark",
-    b"\\x41",
-]
-
-
-def git(path: Path, *arguments: str | bytes, **environment: str) -> str:
-    """What git says in a directory, undisturbed by the configuration of who runs the tests."""
-    done = subprocess.run(
-        ["git", *arguments],
-        cwd=path,
-        env={**os.environ, **_IDENTITY, **environment},
-        check=True,
-        stdout=subprocess.PIPE,
-    )
-    return done.stdout.decode("utf-8", "surrogateescape").strip()
-
-
-def write(path: Path, name: bytes | str, content: bytes) -> None:
-    """Write a file, in folders that may be missing, and tell git."""
-    file = Path(path, os.fsdecode(name))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(content)
-    git(path, "--literal-pathspecs", "add", "--", os.fsencode(name))
-
-
-def commit(path: Path, message: str, *options: str) -> str:
-    """Commit; the id."""
-    git(path, "commit", "-q", "-m", message, *options)
-    return git(path, "rev-parse", "HEAD")
-
-
-def build_odd_repository(path: Path) -> Path:
-    """A repository with everything that could be read wrongly."""
-    git(path.parent, "init", "-q", "-b", "main", str(path))
-    for name in ODD_NAMES:
-        write(path, name, b"a\nb\n")
-    write(path, "binary", b"\0\1\2")
-    commit(path, "odd names")
-    commit(path, "empty", "--allow-empty")
-    git(path, "mv", "--", "back\\slash", "renamed")
-    write(path, "renamed", b"a\nb\nc\n")
-    commit(path, "rename")
-    git(path, "checkout", "-q", "-b", "side")
-    write(path, "side", b"1\n2\n3\n")
-    commit(path, "side", "--author=Jos\xe9 <jose@example.org>")
-    git(path, "checkout", "-q", "main")
-    write(path, "binary", b"\0\1\3")
-    write(path, b"latin-1 \xe9", b"b\n")
-    commit(path, "main")
-    git(path, "merge", "-q", "--no-ff", "-m", "merge", "side")
-    git(path, "update-index", "--add", "--cacheinfo", f"160000,{'1' * 40},module")
-    git(path, "rm", "-q", "--", "-")
-    commit(path, "submodule and removal")
-    return path
+from tests.support.histories import (
+    AUTHOR,
+    ODD_NAMES,
+    build_odd_repository,
+    commit,
+    git,
+    import_commits,
+    write,
+)
 
 
 @pytest.fixture(scope="module")
@@ -275,13 +205,7 @@ def test_a_reader_that_stops_early_leaves_no_git_process(odd_repository: Path) -
 
 
 def test_a_commit_with_thousands_of_files_is_read_whole(repository: Path) -> None:
-    files = b"".join(b"M 644 inline d/%d\ndata 2\nx\n" % number for number in range(5000))
-    subprocess.run(
-        ["git", "fast-import", "--quiet"],
-        cwd=repository,
-        input=b"commit refs/heads/main\ncommitter a <a@b> 1600000000 +0000\ndata 0\n" + files,
-        check=True,
-    )
+    import_commits(repository, [{f"d/{number}": "x\n" for number in range(5000)}])
     assert len(commits(repository)[0].changes) == 5000
 
 

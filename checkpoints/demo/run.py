@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
-from sqlalchemy import URL, Engine, func, select
+from sqlalchemy import URL, Engine
 
 from checkpoints import Checkpoints
 from checkpoints.demo import DemoError, chaos
 from checkpoints.demo.display import Display, Progress
 from checkpoints.demo.history import Repository
+from checkpoints.demo.importer import Importer
 from checkpoints.demo.projection import HANDLERS
-from checkpoints.demo.recorder import Recorder
+from checkpoints.demo.recorder import Recording
 from checkpoints.demo.schema import database_url, demo_schema
-from checkpoints.demo.tables import demo_engine, incidents
+from checkpoints.demo.tables import demo_engine
 from checkpoints.demo.verdict import verdict
 from checkpoints.demo.worker import Settings
-from checkpoints.demo.workers import Workers
+from checkpoints.demo.workers import LOST, RECOVERED, RETRIED, Workers
 from checkpoints.embedded import start_server
 
 __all__ = ["demonstrate"]
@@ -31,44 +34,49 @@ _SHOW_SECONDS = 0.25
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def demonstrate(repo: Path | None, *, workers: int, with_chaos: bool, url: str | None) -> bool:
+def demonstrate(repo: Path | None, *, processes: int, with_chaos: bool, url: str | None) -> bool:
     """Process a repository's history and compare the result with what git says: whether it holds.
 
     Raises:
         DemoError: it could not be carried out.
         ServerUnavailable: there is no PostgreSQL here.
     """
+    # What ends the demonstration is raised; what does not would spoil the display.
+    logging.getLogger("checkpoints").addHandler(logging.NullHandler())
     display = Display()
     repository = Repository.at(_default_repository() if repo is None else repo)
     with _ended_by_signals(), _server(url) as (server_url, description):
         display.say(f"history: {repository.path} at {repository.head[:12]}")
         display.say(f"database: {description}")
         with ExitStack() as cleanup:
-            subscription_ids = cleanup.enter_context(demo_schema(server_url))
-            engine = demo_engine(server_url, pool_size=2)
+            cleanup.enter_context(demo_schema(server_url))
+            engine = demo_engine(server_url, pool_size=3)
             cleanup.callback(engine.dispose)
+            threads = cleanup.enter_context(ThreadPoolExecutor())
+            gates = chaos.gates(repository) if with_chaos else ()
+            importer = Importer(engine, repository, gates=gates)
+            cleanup.callback(importer.stop)
+            recording = Recording(engine)
+            cleanup.callback(recording.stop)
             handlers = chaos.unlucky_handlers(repository) if with_chaos else HANDLERS
             settings = chaos.SETTINGS if with_chaos else Settings()
-            gates = chaos.gates(repository) if with_chaos else ()
-            recorder = Recorder(engine, repository, subscription_ids, gates=gates)
-            cleanup.callback(recorder.stop)
-            processes = Workers(server_url, workers, handlers, settings)
-            cleanup.callback(processes.stop)
+            workers = Workers(server_url, processes, handlers, settings)
+            cleanup.callback(workers.stop)
             cleanup.enter_context(_uninterrupted_cleanup())
 
-            killer = chaos.Killer(engine, processes, recorder) if with_chaos else None
+            killer = chaos.Killer(engine, workers, importer, recording) if with_chaos else None
             started = time.monotonic()
-            processes.start()
-            recorder.start()
+            workers.start()
+            running = [threads.submit(importer.run), threads.submit(recording.run)]
             with display.progressing():
-                _watch(engine, recorder, processes, killer, display)
+                _watch(engine, running, importer, recording, workers, killer, display)
             seconds = time.monotonic() - started
-            processes.stop()
+            workers.stop()
             display.say("all is done; comparing it with git log --numstat, read another way")
             checks = verdict(engine, repository)
-            figures = _figures(recorder, seconds)
+            figures = _figures(importer, seconds)
             if with_chaos:
-                figures |= _chaos_figures(engine, processes)
+                figures |= _chaos_figures(workers, recording)
             display.conclude(figures, checks)
     return all(check.holds for check in checks)
 
@@ -120,24 +128,28 @@ def _uninterrupted_cleanup() -> Iterator[None]:
 
 def _watch(
     engine: Engine,
-    recorder: Recorder,
+    running: list[Future[None]],
+    importer: Importer,
+    recording: Recording,
     workers: Workers,
     killer: chaos.Killer | None,
     display: Display,
 ) -> None:
     """Look on until all is recorded and nothing is left to do; in between, kill."""
     show_at = 0.0
+    importing, _ = running
     while True:
         if killer is not None:
             killer.step()
         workers.check()
         if time.monotonic() >= show_at:
             # Asked before the work is counted: what it recorded last is in the counts then.
-            is_recorded = not recorder.is_alive()
-            if recorder.error is not None:
-                raise recorder.error
+            is_recorded = importing.done() and recording.has_all(importer)
+            for future in running:
+                if future.done():
+                    future.result()
             counted_from = time.monotonic()
-            progress = _progress(engine, recorder, workers)
+            progress = _progress(engine, importer, recording, workers)
             display.show(progress)
             harm_done = killer is None or killer.is_done
             if is_recorded and harm_done and not (progress.ready or progress.reserved):
@@ -148,17 +160,18 @@ def _watch(
         time.sleep(_TICK_SECONDS)
 
 
-def _progress(engine: Engine, recorder: Recorder, workers: Workers) -> Progress:
-    recorded = recorder.recorded
+def _progress(
+    engine: Engine, importer: Importer, recording: Recording, workers: Workers
+) -> Progress:
     # Before the lag, or what is recorded in between would make `done` less than nothing.
-    messages = recorded.changes * len(HANDLERS)
+    recorded = recording.messages * len(HANDLERS)
     with engine.begin() as connection:
         metrics = Checkpoints(connection).get_metrics()
     return Progress(
-        commits=recorded.commits,
-        all_commits=recorder.repository.commits,
-        messages=messages,
-        done=max(0, messages - sum(each.lag for each in metrics)),
+        commits=importer.imported.commits,
+        all_commits=importer.repository.commits,
+        messages=importer.imported.changes * len(HANDLERS),
+        done=max(0, recorded - sum(each.lag for each in metrics)),
         ready=sum(each.ready for each in metrics),
         reserved=sum(each.reserved for each in metrics),
         retrying=sum(each.retry for each in metrics),
@@ -167,34 +180,32 @@ def _progress(engine: Engine, recorder: Recorder, workers: Workers) -> Progress:
     )
 
 
-def _figures(recorder: Recorder, seconds: float) -> dict[str, str]:
-    repository, recorded = recorder.repository, recorder.recorded
-    if recorded.commits != repository.commits:
+def _figures(importer: Importer, seconds: float) -> dict[str, str]:
+    repository, imported = importer.repository, importer.imported
+    if imported.commits != repository.commits:
         raise DemoError(
-            f"git log gave {recorded.commits:,} commits where git rev-list counted "
+            f"git log gave {imported.commits:,} commits where git rev-list counted "
             f"{repository.commits:,}"
         )
-    messages = recorded.changes * len(HANDLERS)
+    messages = imported.changes * len(HANDLERS)
     return {
-        "commits": f"{recorded.commits:,}" + (" (shallow clone)" if repository.shallow else ""),
-        "merges, without changes of their own": f"{recorded.merges:,}",
-        "empty commits": f"{recorded.empty:,}",
-        "changes recorded": f"{recorded.changes:,}",
-        "changes of binary files": f"{recorded.binaries:,}",
-        "streams (paths)": f"{recorded.streams:,}",
+        "commits": f"{imported.commits:,}" + (" (shallow clone)" if repository.shallow else ""),
+        "merges, without changes of their own": f"{imported.merges:,}",
+        "empty commits": f"{imported.empty:,}",
+        "changes recorded": f"{imported.changes:,}",
+        "changes of binary files": f"{imported.binaries:,}",
+        "streams (paths)": f"{imported.streams:,}",
         f"messages applied by {len(HANDLERS)} subscriptions": f"{messages:,}",
         "time": f"{seconds:,.1f} s, {messages / seconds:,.0f} messages/s",
     }
 
 
-def _chaos_figures(engine: Engine, workers: Workers) -> dict[str, str]:
-    statement = select(incidents.c.kind, func.sum(incidents.c.count)).group_by(incidents.c.kind)
-    with engine.connect() as connection:
-        counts = {kind: int(count) for kind, count in connection.execute(statement)}
+def _chaos_figures(workers: Workers, recording: Recording) -> dict[str, str]:
     return {
         "workers killed": f"{workers.killed:,}",
         "workers frozen for a while": f"{workers.frozen:,}",
-        "reservations recovered": f"{counts.get('recovered', 0):,}",
-        "reservations lost, and rolled back": f"{counts.get('lost', 0):,}",
-        "errors retried": f"{counts.get('error', 0):,}",
+        "recorders replaced": f"{recording.restarts:,}",
+        "reservations recovered": f"{workers.reports[RECOVERED]:,}",
+        "reservations lost, and rolled back": f"{workers.reports[LOST]:,}",
+        "errors retried": f"{workers.reports[RETRIED]:,}",
     }

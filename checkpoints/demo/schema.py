@@ -12,10 +12,9 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.schema import CreateSchema, DropSchema
 
 from alembic import command
-from checkpoints import Checkpoints, SubscriptionStatus, alembic_config
+from checkpoints import alembic_config
 from checkpoints.demo import DemoError
-from checkpoints.demo.projection import HANDLERS
-from checkpoints.demo.tables import GROUP, SCHEMA, demo_engine, metadata
+from checkpoints.demo.tables import SCHEMA, demo_engine, metadata
 
 __all__ = ["database_url", "demo_schema", "one_line"]
 
@@ -49,8 +48,8 @@ def database_url(given: str) -> URL:
 
 
 @contextmanager
-def demo_schema(url: URL) -> Iterator[list[int]]:
-    """The schema with all tables, for a while; the ids of its two active subscriptions.
+def demo_schema(url: URL) -> Iterator[None]:
+    """The schema with all tables, for a while.
 
     Raises:
         DemoError: the database cannot be reached, may not be changed, or has such a schema.
@@ -61,7 +60,7 @@ def demo_schema(url: URL) -> Iterator[list[int]]:
         try:
             command.upgrade(alembic_config(url, schema=SCHEMA), "head")
             metadata.create_all(engine)
-            yield _subscribe(engine)
+            yield
         finally:
             _drop(engine)
     except CommandError as error:
@@ -86,17 +85,6 @@ def _create(engine: Engine, url: URL) -> None:
                 f"is running there, or one was killed; if nobody needs it, `{_DROP}` and try again"
             ) from error
         raise DemoError(f"the database at {shown} cannot be used: {one_line(error)}") from error
-
-
-def _subscribe(engine: Engine) -> list[int]:
-    ids = []
-    with engine.begin() as connection:
-        checkpoints = Checkpoints(connection)
-        for name in HANDLERS:
-            id = checkpoints.add_or_update_subscription(GROUP, name).id
-            checkpoints.set_subscription_status(id, SubscriptionStatus.ACTIVE)
-            ids.append(id)
-    return ids
 
 
 def _drop(engine: Engine) -> None:

@@ -56,7 +56,7 @@ class Check:
 def verdict(engine: Engine, repository: Repository) -> list[Check]:
     """Everything that must hold when all is done."""
     with engine.connect() as connection:
-        copy_rows(connection, recount, recounted(repository))
+        copy_rows(connection, recount, recount.c, recounted(repository))
         checks = [_compare(connection, lines), _compare(connection, authors)]
         # Not committed: the recount is of no further use.
         connection.rollback()

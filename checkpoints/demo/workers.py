@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
-from types import FrameType
 
 from sqlalchemy import URL
 
 from checkpoints.demo import DemoError
-from checkpoints.demo.projection import Handler
-from checkpoints.demo.tables import demo_engine
 from checkpoints.demo.worker import Settings, work
+from checkpoints.runtime import Handler
 
-__all__ = ["Workers"]
+__all__ = ["LOST", "RECOVERED", "RETRIED", "Workers"]
+
+# What consumers log, without arguments.
+RECOVERED = "a reservation expired; %s"
+LOST = "the reservation was lost; what the handler wrote is rolled back"
+RETRIED = "attempt %d failed%s: %s"
 
 # Not fork: a fork of a process with threads and database connections may hang.
 _spawn = multiprocessing.get_context("spawn")
 _STOP_SECONDS = 5.0
+# A pipe takes so much whole or not at all, from a process that is killed or frozen as well.
+_REPORT_CHARACTERS = 1000
 
 
 class Workers:
@@ -35,9 +42,11 @@ class Workers:
     ) -> None:
         self.killed = 0
         self.frozen = 0
+        self.reports: Counter[str] = Counter()
+        """The warnings and errors that they logged, without arguments: how many of each."""
         self._job = (url, handlers, settings)
         self._processes: dict[str, SpawnProcess] = {}
-        self._complaints: dict[str, Connection] = {}
+        self._pipes: dict[str, Connection] = {}
         self._names = [f"checkpoints demo worker {number}" for number in range(1, count + 1)]
 
     def start(self) -> None:
@@ -70,13 +79,15 @@ class Workers:
         self._signal(name, signal.SIGCONT)
 
     def check(self) -> None:
-        """See that all are alive.
+        """See that all are alive, and take their reports.
 
         Raises:
             DemoError: one ended by itself.
         """
         for name, process in self._processes.items():
-            if process.exitcode is not None:
+            if process.exitcode is None:
+                self._take_reports(name)
+            else:
                 self._check(name)
 
     def stop(self) -> None:
@@ -90,6 +101,8 @@ class Workers:
             if process.exitcode is None:
                 process.kill()
                 process.join()
+        for name in self._processes:
+            self._take_reports(name)
 
     def _signal(self, name: str, number: signal.Signals) -> None:
         process = self._processes[name]
@@ -98,26 +111,34 @@ class Workers:
             os.kill(process.pid, number)
 
     def _start(self, name: str) -> None:
-        complaint, complains = _spawn.Pipe(duplex=False)
+        pipe, reports = _spawn.Pipe(duplex=False)
         process = _spawn.Process(
-            target=_run, args=(name, *self._job, complains), name=name, daemon=True
+            target=_run, args=(reports, name, *self._job), name=name, daemon=True
         )
         # Starting a process starts the tracker if need be, and that lets interrupts through.
         resource_tracker.ensure_running()
         with _interrupts_held():
             process.start()
             self._processes[name] = process
-            self._complaints[name] = complaint
-        complains.close()
+            self._pipes[name] = pipe
+        reports.close()
 
     def _check(self, name: str, expected: int | None = None) -> None:
         exit_code = self._processes[name].exitcode
-        said = f"exit code {exit_code}"
-        with self._complaints[name] as complaint, suppress(EOFError, OSError):
-            if complaint.poll():
-                said, expected = complaint.recv(), None
+        last = self._take_reports(name)
+        self._pipes[name].close()
         if exit_code != expected:
+            said = last if exit_code == 1 and last else f"exit code {exit_code}"
             raise DemoError(f"{name} ended early: {said}")
+
+    def _take_reports(self, name: str) -> str | None:
+        """Count what it said; the last of it."""
+        last = None
+        with suppress(EOFError, OSError):
+            while self._pipes[name].poll():
+                last = self._pipes[name].recv()
+                self.reports[last] += 1
+        return last
 
 
 @contextmanager
@@ -134,37 +155,31 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class _Reporter(logging.Handler):
+    """Sends warnings and errors to the parent."""
+
+    def __init__(self, pipe: Connection) -> None:
+        super().__init__(logging.WARNING)
+        self._pipe = pipe
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # The parent may be gone.
+        with suppress(OSError):
+            self._pipe.send(str(record.msg)[:_REPORT_CHARACTERS])
+
+
 def _run(
+    pipe: Connection,
     name: str,
     url: URL,
     handlers: Mapping[str, Handler],
     settings: Settings,
-    complains: Connection,
 ) -> None:
     """The main function of a worker process."""
-    is_stopping = _stop_on_sigterm()
-    engine = demo_engine(url, application_name=name)
+    logger = logging.getLogger("checkpoints")
+    logger.addHandler(_Reporter(pipe))
     try:
-        work(engine, handlers, is_stopping, settings)
+        work(url, name, handlers, settings)
     except Exception as error:
-        # When asked to stop, or without a parent, the server may be gone too.
-        if not is_stopping():
-            complains.send(" ".join(f"{type(error).__name__}: {error}".split()))
-            raise SystemExit(1) from None
-    finally:
-        engine.dispose()
-
-
-def _stop_on_sigterm() -> Callable[[], bool]:
-    """What tells whether the worker is to stop: it was asked to, or the parent was killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # noqa: S101  # for the type checker
-    # A plain flag: the signal may come while the lock inside of an Event is held.
-    asked = False
-
-    def ask(_number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-
-    signal.signal(signal.SIGTERM, ask)
-    return lambda: asked or os.getppid() != parent.pid
+        logger.critical(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise SystemExit(1) from None

@@ -62,10 +62,9 @@ def record_expired_checkpoint_reservations(
     For consumers whose handlers may bring their process down: a message that kills every worker
     ends as failed instead of being given to one after the other for ever. Below `max_attempts`
     the status is retry, and the next attempt comes after `process_at` (half of it more or less, by
-    chance), doubled with each attempt
-    before, an hour at most; then the status is failed. What has nothing left to do is left as it
-    is. The expiry is appended to `retries`
-    as an error of the type `ReservationExpired`.
+    chance), doubled with each attempt before, an hour at most; then the status is failed. What has
+    nothing left to do is left as it is. The expiry is appended to `retries` as an error of the
+    type `ReservationExpired`.
 
     Rows: id, status, retry_attempts of each whose reservation ended. Locks them, and never waits
     for a lock.

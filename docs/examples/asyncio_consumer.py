@@ -1,4 +1,4 @@
-"""The consumer with asyncio: several checkpoints of a group at a time, until SIGTERM or Ctrl-C."""
+"""The same with asyncio: several checkpoints of a group at a time, until SIGTERM or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import ledger
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -74,7 +74,7 @@ async def record_error(engine: AsyncEngine, reservation: Reservation, error: Exc
                 status=CheckpointStatus.FAILED if gives_up else CheckpointStatus.RETRY,
                 retry_attempts=attempts,
                 error={"type": type(error).__name__, "message": str(error)},
-                process_at=None if gives_up else datetime.now(UTC) + wait,
+                process_at=None if gives_up else wait,
             )
 
 

@@ -1,4 +1,4 @@
-"""A consumer: processes the checkpoints of a group until SIGTERM or Ctrl-C. Start any number."""
+"""A consumer without the runtime, until SIGTERM or Ctrl-C. Start any number."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from types import FrameType
 
 import ledger
@@ -80,7 +80,7 @@ def record_error(engine: Engine, reservation: Reservation, error: Exception) -> 
             status=CheckpointStatus.FAILED if gives_up else CheckpointStatus.RETRY,
             retry_attempts=attempts,
             error={"type": type(error).__name__, "message": str(error)},
-            process_at=None if gives_up else datetime.now(UTC) + wait,
+            process_at=None if gives_up else wait,
         )
 
 

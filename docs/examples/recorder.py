@@ -1,4 +1,4 @@
-"""A recorder: follows the store in global order until SIGTERM or Ctrl-C.
+"""A recorder without the runtime: follows the store in global order until SIGTERM or Ctrl-C.
 
 It keeps its own position as a checkpoint of a subscription that no consumer is given. Start two,
 and the second takes over when the first ends.

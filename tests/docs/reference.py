@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, fields, is_dataclass
+from datetime import timedelta
 from enum import StrEnum
 from typing import Any
 
 from sqlalchemy import Column, Computed, Enum, Index, Table, UniqueConstraint, make_url
 
 import checkpoints
-from checkpoints import errors, records, statements
+from checkpoints import errors, records, runtime, statements
+from checkpoints.runtime import telemetry
+from checkpoints.runtime._recording import RecorderSettings
 from checkpoints.tables import metadata
 from tests.docs.pages import ROOT
 
@@ -22,11 +25,13 @@ DIALECT = make_url("postgresql+psycopg://").get_dialect()()
 BY_ACTOR: dict[str, list[str]] = {
     "The consumer": [
         "reserve_next_available_checkpoint",
+        "get_next_process_at",
         "update_checkpoint_position",
         "record_checkpoint_error",
         "release_checkpoint_reservation",
         "extend_checkpoint_reservation",
         "recover_expired_checkpoint_reservations",
+        "record_expired_checkpoint_reservations",
     ],
     "The recorder": [
         "record_checkpoints",
@@ -38,6 +43,15 @@ BY_ACTOR: dict[str, list[str]] = {
         "get_subscription",
         "add_or_update_subscription",
         "set_subscription_status",
+        "pause_subscription",
+        "resume_subscription",
+        "reset_subscription_checkpoints",
+        "replay_subscription",
+        "finish_replay",
+        "rename_subscription",
+        "move_subscription",
+        "delete_subscription_checkpoints",
+        "delete_subscription",
     ],
     "The operator": [
         "get_metrics",
@@ -61,10 +75,34 @@ RENDERINGS: dict[str, dict[str, str]] = {
     }
 }
 
+# The names of `checkpoints.runtime`, by who needs them.
+RUNTIME: dict[str, list[str]] = {
+    "Consumers": ["Consumer", "AsyncConsumer", "ConsumerSettings", "RetryPolicy"],
+    "Handlers": ["OutsideTransaction"],
+    "Recorders": ["Recorder", "AsyncRecorder", "RecorderSettings", "Interest", "Start"],
+    "Reading": ["MessageTable", "Message", "Position", "XID8", "ForeignTransactionIds"],
+    "Telemetry": ["observe_lag"],
+}
+
+# What has no docstring of its own is described on the page by hand.
+RUNTIME_BY_HAND = {"BEGINNING", "Handler", "AsyncHandler"}
+
+# What the runtime does not export: the settings that are given as keywords, and the telemetry.
+_ELSEWHERE: dict[str, Any] = {
+    "RecorderSettings": RecorderSettings,
+    "observe_lag": telemetry.observe_lag,
+}
+
 
 def _default(value: object) -> str:
     if isinstance(value, StrEnum):
         return f"{type(value).__name__}.{value.name}"
+    if isinstance(value, timedelta):
+        return repr(value).removeprefix("datetime.")
+    if isinstance(value, Mapping):
+        return repr(dict(value))
+    if is_dataclass(value):
+        return f"{type(value).__name__}()"
     return repr(value)
 
 
@@ -76,7 +114,8 @@ def signature(name: str, function: Callable[..., Any], answer: str | None = None
             continue
         if parameter.kind is parameter.KEYWORD_ONLY and "*" not in parts:
             parts.append("*")
-        part = f"{parameter.name}: {parameter.annotation}"
+        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        part = f"{stars}{parameter.name}: {parameter.annotation}"
         if parameter.default is not parameter.empty:
             part += f" = {_default(parameter.default)}"
         parts.append(part)
@@ -156,6 +195,54 @@ def of_records() -> str:
     return "\n\n".join(parts)
 
 
+def _default_of_field(field: Field[Any]) -> str:
+    if field.default is not MISSING:
+        return f"`{_default(field.default)}`"
+    if field.default_factory is not MISSING:
+        return f"`{_default(field.default_factory())}`"
+    return ""
+
+
+def _described(name: str) -> list[str]:
+    """A name of the runtime: how it is called, what it is, its fields or its methods."""
+    described: Any = _ELSEWHERE.get(name) or getattr(runtime, name)
+    if not isinstance(described, type):
+        return [f"```text\n{signature(name, described)}\n```", prose(described)]
+    if issubclass(described, StrEnum):
+        members = "\n".join(f"- `{member.name}`: `{member.value!r}`" for member in described)
+        return [prose(described), members]
+    parts = [prose(described)]
+    if is_dataclass(described):
+        lines = [_row("field", "type", "default"), _row(*["---"] * 3)]
+        for field in fields(described):
+            type_ = f"`{field.type}`".replace("|", "\\|")
+            lines.append(_row(f"`{field.name}`", type_, _default_of_field(field)))
+        parts.append("\n".join(lines))
+    elif "__init__" in vars(described) and not issubclass(described, Exception):
+        parts.insert(0, f"```text\n{signature(name, described)}\n```")
+    for method, function in vars(described).items():
+        if method.startswith("_") or not inspect.isfunction(function):
+            continue
+        if is_dataclass(described) and described not in (runtime.MessageTable, runtime.RetryPolicy):
+            continue
+        answer = str(inspect.signature(function).return_annotation)
+        called = signature(method, function, answer)
+        if inspect.iscoroutinefunction(function):
+            called = f"await {called}"
+        parts += [f"#### `{name}.{method}`", f"```text\n{called}\n```", prose(function)]
+    return parts
+
+
+def of_runtime() -> str:
+    """The classes of `checkpoints.runtime`, with their settings and defaults."""
+    parts: list[str] = []
+    for heading, names in RUNTIME.items():
+        parts.append(f"## {heading}")
+        for name in names:
+            parts += [f"### `{name}`", *_described(name)]
+    return "\n\n".join(parts)
+
+
 def of_errors() -> str:
     """Each error, with its root."""
     parts: list[str] = []
@@ -231,10 +318,23 @@ def of_tables() -> str:
     )
 
 
+def of_promises() -> str:
+    """Which test shows what happens in a fault, from the table beside those tests."""
+    lines = [_row("fault", "test"), _row("---", "---")]
+    for line in (ROOT / "tests" / "faults" / "PROMISES.md").read_text().splitlines():
+        if row := re.fullmatch(r"\| (.+?) \| .* \| `(\w+\.py)::(\w+)`( \*)? \|", line):
+            fault, file, test, both = row.groups()
+            lines.append(_row(fault, f"[`{test}`](../../tests/faults/{file}){both or ''}"))
+    assert len(lines) > 2, "tests/faults/PROMISES.md has another form"
+    return "\n".join(lines)
+
+
 GENERATED: dict[str, Callable[[], str]] = {
+    "docs/explanation/faults.md": of_promises,
     "docs/reference/statements.md": of_statements,
     "docs/reference/executing.md": of_methods,
     "docs/reference/records.md": of_records,
+    "docs/reference/runtime.md": of_runtime,
     "docs/reference/errors.md": of_errors,
     "docs/reference/tables.md": of_tables,
 }

@@ -190,7 +190,7 @@ def run_script(file: Path) -> str:
 
 
 def test_every_script_is_tested_here() -> None:
-    tested = {"ledger", "recorder", "consumer", "asyncio_consumer", "orm_projection"}
+    tested = {"ledger", "worker", "recorder", "consumer", "asyncio_consumer", "orm_projection"}
     assert {file.stem for file in EXAMPLES.glob("*.py")} == tested
 
 
@@ -233,8 +233,16 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("consumer", ["consumer", "asyncio_consumer"])
-def test_recorder_and_consumers(environment: URL, consumer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "programs",
+    [
+        ["worker", "worker"],
+        ["recorder", "consumer", "consumer"],
+        ["recorder", "asyncio_consumer", "asyncio_consumer"],
+    ],
+    ids="-".join,
+)
+def test_recorder_and_consumers(environment: URL, programs: list[str], tmp_path: Path) -> None:
     import ledger  # type: ignore[import-not-found,unused-ignore]
 
     run_script(EXAMPLES / "ledger.py")
@@ -253,11 +261,9 @@ def test_recorder_and_consumers(environment: URL, consumer: str, tmp_path: Path)
 
     with disposed(engine):
         append(1)
-        with (
-            running("recorder", tmp_path / "recorder.log"),
-            running(consumer, tmp_path / "one.log"),
-            running(consumer, tmp_path / "two.log"),
-        ):
+        with contextlib.ExitStack() as stack:
+            for number, name in enumerate(programs):
+                stack.enter_context(running(name, tmp_path / f"{number}.log"))
             wait_until(lambda: balances_are(3), "the messages that were there were not applied")
             append(10)
             wait_until(lambda: balances_are(33), "the messages appended since were not applied")

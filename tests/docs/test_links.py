@@ -68,3 +68,22 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
                 file = ((ROOT / page).parent / target.partition("#")[0]).resolve()
                 waiting.append(file.relative_to(ROOT).as_posix())
     assert set(PAGES) <= reached
+
+
+@cache
+def existing_names() -> frozenset[str]:
+    """The names of all tests, and the paths of the files and folders they lie in."""
+    found = set()
+    for file in (ROOT / "tests").rglob("*.py"):
+        path = file.relative_to(ROOT)
+        found.add(path.as_posix())
+        found |= {f"{folder.as_posix()}/" for folder in path.parents}
+        found |= set(re.findall(r"^(?:async )?def (test_\w+)", file.read_text(), re.M))
+    return frozenset(found)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tests_that_are_named_exist(page: str) -> None:
+    text = without_blocks((ROOT / page).read_text())
+    named = re.findall(r"`(tests/[\w/]*(?:/|\.py)|test_\w+)`", text)
+    assert [name for name in named if name not in existing_names() | {"tests/rendered/"}] == []

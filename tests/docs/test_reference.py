@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import checkpoints
-from checkpoints import statements
+from checkpoints import runtime, statements
 from tests.docs import reference
 from tests.docs.pages import PAGES, ROOT
 
@@ -23,6 +23,13 @@ def test_has_every_statement_once() -> None:
     assert sorted(named) == sorted(name for name in statements.__all__ if name.islower())
 
 
+def test_has_every_name_of_the_runtime_once() -> None:
+    named = [name for names in reference.RUNTIME.values() for name in names]
+    named = [name for name in named if name not in reference._ELSEWHERE or name in runtime.__all__]
+    assert sorted([*named, *reference.RUNTIME_BY_HAND]) == sorted(runtime.__all__)
+
+
 def test_has_every_public_name() -> None:
     text = "".join((ROOT / page).read_text() for page in PAGES if "/reference/" in page)
-    assert [name for name in checkpoints.__all__ if f"`{name}" not in text] == []
+    public = [*checkpoints.__all__, *runtime.__all__]
+    assert [name for name in public if f"`{name}" not in text] == []

@@ -136,7 +136,7 @@ def test_no_connection_is_held_while_a_handler_outside_a_transaction_runs(bench:
     held: list[int] = []
 
     async def outside(_work: Work) -> None:
-        pool = runner.sync_engine.pool  # type: ignore[attr-defined]
+        pool: Any = runner.sync_engine.pool
         ends = time.monotonic() + 10
         # The keeper takes one for a moment now and then.
         while pool.checkedout() and time.monotonic() < ends:

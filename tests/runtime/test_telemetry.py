@@ -10,19 +10,16 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine
-
-from checkpoints.runtime import RetryPolicy, telemetry
-from tests.runtime.consumers import Bench, Work, until
-from tests.support.factories import FAR_AHEAD, LONG_AGO
-
-pytest.importorskip("opentelemetry.sdk")
-
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from sqlalchemy import Engine
+
+from checkpoints.runtime import RetryPolicy, telemetry
+from tests.runtime.consumers import Bench, Work, until
+from tests.support.factories import FAR_AHEAD, LONG_AGO
 
 
 class Told:
