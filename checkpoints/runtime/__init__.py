@@ -15,6 +15,7 @@ from checkpoints.runtime.reading import (
 from checkpoints.runtime.recorder import Recorder
 from checkpoints.runtime.retry import RetryPolicy
 from checkpoints.runtime.settings import ConsumerSettings, OutsideTransaction
+from checkpoints.runtime.telemetry import observe_lag
 
 __all__ = [
     "BEGINNING",
@@ -34,4 +35,5 @@ __all__ = [
     "Recorder",
     "RetryPolicy",
     "Start",
+    "observe_lag",
 ]

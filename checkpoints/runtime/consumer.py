@@ -72,8 +72,11 @@ class Consumer:
     A handler that raises is rolled back, and tried again as `retry` says; other streams go on. A
     handler whose reservation is lost, or that takes too long, is interrupted where it waits for the
     database, and rolled back in any case; one that waits for something else cannot be interrupted,
-    and goes on in its thread with its connection, while another thread takes its slot. When the
+    and goes on in its thread while another takes its slot, but its connection is broken. When the
     database is away the consumer waits for it.
+
+    It also recovers what consumers that are gone left, each expiry counted as an attempt, and makes
+    subscriptions of the group active again whose replay has nothing left to do.
 
     A handler may be run again in the same attempt, after a conflict with another transaction
     (SQLSTATE 40001, 40P01) or when its connection broke; what it wrote before is rolled back.
