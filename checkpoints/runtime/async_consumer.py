@@ -40,8 +40,10 @@ AsyncHandler: TypeAlias = Callable[[AsyncConnection, Reservation], Awaitable[int
 
 _T = TypeVar("_T")
 
-# At the end: how long a handler may take to clean up after it was cancelled.
+# At the end: how long a handler may take to clean up after it was cancelled, and the keeper to end
+# a statement: cancelled in the middle of connecting, it would leave the connection open.
 _PATIENCE = 2.0
+_LONGEST_END = 10.0
 
 
 async def _uninterrupted(task: asyncio.Task[_T]) -> _T:
@@ -198,7 +200,7 @@ class AsyncConsumer:
             finally:
                 await self._finish()
                 ending.set()
-                await asyncio.wait({keeping}, timeout=_PATIENCE)
+                await asyncio.wait({keeping}, timeout=_LONGEST_END)
         finally:
             self._serving = False
             # What came too late for this run is not meant for the next.

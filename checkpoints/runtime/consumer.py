@@ -50,8 +50,10 @@ must not commit or roll back.
 
 _LONG = 3600.0
 
-# At the end: how long to wait for a thread, or for a handler that is just ending its reservation.
+# At the end: how long to wait for a handler that is just ending its reservation, and for threads
+# that are in the middle of a statement.
 _PATIENCE = 2.0
+_LONGEST_END = 10.0
 
 
 class _Event(Enum):
@@ -197,7 +199,7 @@ class Consumer:
                 thread.stop()
             self._jobs.put(None)
             # One that waits for a database that does not answer ends by itself, later.
-            ends = time.monotonic() + _PATIENCE
+            ends = time.monotonic() + _LONGEST_END
             for one in (*beside, *self._threads):
                 one.join(max(0.0, ends - time.monotonic()))
             # What came too late for this run is not meant for the next.

@@ -58,7 +58,7 @@ class Handling:
     """Applies messages.
 
     `think`: seconds of Python after each reservation's writes. `gate`: a file that handlers of
-    messages of the types "gate" and "gate-late" wait for; `<gate>-<stream>` says that one does.
+    messages of the types "gate…" wait for; `<gate>-<stream>` says that one does.
     `share`: touch rows that other streams touch, too.
     """
 
@@ -96,8 +96,8 @@ class Handling:
                 self.ways.hang()
             case "hang-regardless":
                 self.ways.hang_regardless()
-            case "dawdle":
-                self.ways.sleep(3)
+            case "gate-regardless":
+                self._wait_at_gate(message, CancelledError)
             case "hang-in-sql":
                 connection.execute(select(func.pg_sleep(600)))
             case "exit":
@@ -105,13 +105,16 @@ class Handling:
             case "gate-late":
                 self._wait_at_gate(message)
 
-    def _wait_at_gate(self, message: Row[*tuple[Any, ...]]) -> None:
+    def _wait_at_gate(
+        self, message: Row[*tuple[Any, ...]], *suppressed: type[BaseException]
+    ) -> None:
         if self.gate is None:
             return
         gate = Path(self.gate)
         gate.with_name(f"{gate.name}-{message.stream_name}").touch()
         while not gate.exists():
-            self.ways.sleep(0.01)
+            with suppress(*suppressed):
+                self.ways.sleep(0.01)
 
 
 _SELECT = (

@@ -39,11 +39,11 @@ def test_delays_and_timeouts_go_by_the_databases_clock(
     for name in ("ahead", "behind"):
         # Its reservations expire by the database's clock, and the other finds them.
         world.append(STREAMS)
-        eventually(lambda: world.in_transaction(name), f"{name} is at work")  # noqa: B023
+        world.await_in_transaction(name, STREAMS)
         workers.kill(name)
         workers.restart(name)
 
-    world.await_finished(30)
+    world.await_finished(60)
     world.check(failed=["never"])
     with world.engine.connect() as connection:
         ended = database_time(connection)
@@ -54,8 +54,8 @@ def test_delays_and_timeouts_go_by_the_databases_clock(
     assert began < times[0] < times[-1] < ended
     # After one second, and after two more.
     gaps = [(later - earlier).total_seconds() for earlier, later in pairwise(times)]
-    assert 1 <= gaps[0] < 10
-    assert 2 <= gaps[1] < 20
+    assert 1 <= gaps[0] < 30
+    assert 2 <= gaps[1] < 30
 
 
 def test_a_clock_that_is_shifted_is_shifted(workers: Workers) -> None:

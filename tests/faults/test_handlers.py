@@ -95,21 +95,30 @@ def test_a_handler_that_hangs_always_ends_as_failed(
 def test_a_handler_that_was_given_up_and_goes_on_changes_nothing(
     world: World, workers: Workers, kind: str
 ) -> None:
-    world.append(["dawdling"], type="dawdle", times=1)
-    world.append(["dawdling", "dawdling"])
+    world.append(["late"], type="gate-regardless", times=1)
+    world.append(["late", "late"])
     world.append(PLAIN)
-    timeout = timedelta(seconds=0.5)
-    _start(workers, kind, count=1, concurrency=1, handler_timeout=timeout)
-    # Long before the handler goes on, the next attempt is done.
-    world.await_finished(2.9)
+    gate = workers.folder / "gate"
+    workers.start(
+        "worker",
+        kind=kind,
+        retry=SOON,
+        handling={"gate": str(gate)},
+        consumer={"concurrency": 1, "handler_timeout": timedelta(seconds=0.5)},
+    )
+    # While the handler still waits, the next attempt is done.
+    world.await_finished(30)
     world.check()
+    assert len(workers.failed_attempts()) == 1
 
-    gone = "application_name = 'worker-0' AND state LIKE 'idle in%'"
-    eventually(lambda: not world.sessions(gone), "nothing is left of it", 5)
+    # Now it goes on, with the two messages that follow.
+    gate.touch()
+    eventually(lambda: len(workers.told("a statement failed")) > 0, "it finds that it is alone")
     world.append(PLAIN)
-    world.await_finished(10)
+    world.await_finished(30)
     world.check()
-    assert workers.told("unexpected") == workers.told("a worker failed") == []
+    assert not world.sessions("application_name = 'worker' AND state LIKE 'idle in%'")
+    assert workers.told("a worker failed") == workers.told("a handler's task failed") == []
 
 
 def test_a_handler_that_hangs_with_the_only_connection_does_not_stop_its_consumer(

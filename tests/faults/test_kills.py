@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tests.faults.processes import Workers
-from tests.faults.waiting import eventually
 from tests.faults.world import World
 
 pytestmark = pytest.mark.timeout(180)
@@ -24,7 +23,7 @@ def test_nothing_is_lost_or_applied_twice_when_workers_are_killed(
         world.append_some(streams, 40)
         name = world.random.choice(workers.names)
         # Killed in the middle of a handler that has written already.
-        eventually(lambda: world.in_transaction(name), f"a handler of {name} is at work")  # noqa: B023
+        world.await_in_transaction(name, streams)
         workers.kill(name)
         workers.restart(name)
 

@@ -12,7 +12,6 @@ from alembic import command
 from checkpoints import alembic_config
 from checkpoints.embedded import EmbeddedServer, start_server
 from tests.faults.processes import Workers
-from tests.faults.waiting import eventually
 from tests.faults.world import World
 from tests.support.databases import disposed
 
@@ -35,6 +34,7 @@ def test_nothing_is_lost_or_applied_twice_when_the_server_crashes(
     with disposed(create_engine(server.url(), pool_pre_ping=True)) as engine:
         world = World(engine)
         workers = Workers(server.url(), tmp_path)
+        world.check_workers = workers.check
         streams = [f"stream-{number}" for number in range(60)]
         try:
             for number in range(4):
@@ -42,7 +42,8 @@ def test_nothing_is_lost_or_applied_twice_when_the_server_crashes(
             for restart in range(RESTARTS):
                 for _ in range(3 + restart):
                     world.append(streams)
-                eventually(lambda: world.reserved() >= 8, "the workers are busy")
+                for name in workers.names:
+                    world.await_in_transaction(name, streams)
                 server.restart("immediate")
 
             world.await_finished(60)

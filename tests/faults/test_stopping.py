@@ -94,7 +94,7 @@ def test_workers_that_are_stopped_one_after_the_other_lose_and_delay_nothing(
     for _ in range(10):
         world.append_some(STREAMS, 20)
         name = world.random.choice(workers.names)
-        eventually(lambda: world.in_transaction(name), f"a handler of {name} is at work")  # noqa: B023
+        world.await_in_transaction(name, STREAMS)
         workers.terminate(name)
         assert workers.await_exit(name, 10) == 0
         workers.restart(name)

@@ -130,6 +130,16 @@ class World:
         """Whether a handler of the worker stands in an open transaction."""
         return bool(self.sessions("application_name = :name AND state LIKE 'idle in%'", name=name))
 
+    def await_in_transaction(self, name: str, streams: Sequence[str]) -> None:
+        """Wait until a handler of the worker is at work; when all is done, give more to do."""
+
+        def is_at_work() -> bool:
+            if not self.unfinished():
+                self.append_some(streams, 40)
+            return self.in_transaction(name)
+
+        eventually(is_at_work, f"a handler of {name} is at work", 60)
+
     def sessions(self, condition: str, **values: Any) -> list[int]:
         """The process ids of the database's sessions that meet a condition."""
         found = text(
