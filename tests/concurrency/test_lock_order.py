@@ -353,9 +353,9 @@ class TestComposed:
         stage.a.execute(self.record(stage, "account-1", "account-2"))
         b = stage.b.start(self.record(stage, "account-2", "account-1"))
         assert stage.waits(b, stage.b)
-        assert stage.a.execute(update_checkpoint_position(held[0][0], held[0][-1], 3)).rows
+        assert stage.a.execute(update_checkpoint_position(held[0][0], held[0][9], 3)).rows
         stage.a.commit()
         assert b.result(timeout=60).sqlstate is None
-        assert stage.b.execute(update_checkpoint_position(held[1][0], held[1][-1], 3)).rows
+        assert stage.b.execute(update_checkpoint_position(held[1][0], held[1][9], 3)).rows
         stage.b.commit()
         assert broken(stage.observer) == []
