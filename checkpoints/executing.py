@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Coroutine
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
 from checkpoints import _calls as calls
 from checkpoints._calls import Call
 from checkpoints.errors import SchemaNotMigrated, SubscriptionExists, UnknownSubscription
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 
 __all__ = ["AsyncCheckpoints", "Checkpoints"]
 
@@ -167,7 +170,14 @@ class AsyncCheckpoints:
     """The statements on an `AsyncConnection` or an `AsyncSession`: `Checkpoints`, awaited."""
 
     def __init__(self, connection: AsyncConnection | AsyncSession) -> None:
-        if not isinstance(connection, AsyncConnection | AsyncSession | async_scoped_session):
+        # Not imported here, for it needs greenlet; without it there is no such connection.
+        loaded: Any = sys.modules.get("sqlalchemy.ext.asyncio")
+        kinds = loaded and (
+            loaded.AsyncConnection,
+            loaded.AsyncSession,
+            loaded.async_scoped_session,
+        )
+        if not isinstance(connection, kinds or ()):
             raise TypeError(
                 f"connection must be an AsyncConnection or an AsyncSession, not {connection!r}; "
                 "such as that of `async with engine.begin() as connection`"
