@@ -188,12 +188,15 @@ class AsyncConsumer:
         self._woken = asyncio.Event()
         ending = asyncio.Event()
         keeping = asyncio.create_task(self._keep(ending))
-        listening = None
-        if self._settings.listen and goal is Goal.NEVER:
-            listening = asyncio.create_task(self._listen())
+        beside = {keeping}
+
+        def listen() -> None:
+            if self._settings.listen and goal is Goal.NEVER:
+                beside.add(asyncio.create_task(self._listen()))
+
         try:
             try:
-                await self._dispatch(goal)
+                await self._dispatch(goal, listen)
             except asyncio.CancelledError:
                 self._stops = 2
                 raise
@@ -205,14 +208,13 @@ class AsyncConsumer:
             self._serving = False
             # What came too late for this run is not meant for the next.
             self._stops = 0
-            beside = {task for task in (keeping, listening) if task is not None}
             for task in beside:
                 task.cancel()
             # One that waits for a database that does not answer ends by itself, later.
             await asyncio.wait(beside, timeout=_PATIENCE)
         return self._processed
 
-    async def _dispatch(self, goal: Goal) -> None:
+    async def _dispatch(self, goal: Goal, listen: Callable[[], None]) -> None:
         backoff, held_up = Backoff(), held_up_backoff()
         checked = False
         while not self._stops:
@@ -229,6 +231,7 @@ class AsyncConsumer:
                                 outcomes.check_start, self._settings, self._names
                             )
                         checked = True
+                        listen()
                     reserving = asyncio.create_task(self._reserve(room))
                     reserved, due_in = await _uninterrupted(reserving)
                 except Exception as error:

@@ -186,12 +186,15 @@ class Consumer:
             self._await_events(0, keeper)
             keeper.start()
             beside.append(keeper)
-            if self._settings.listen and goal is Goal.NEVER and not self._stops:
-                listener = Listener(self._engine, self._settings.group, self.wake)
-                listener.start()
-                beside.append(listener)
+
+            def listen() -> None:
+                if self._settings.listen and goal is Goal.NEVER:
+                    listener = Listener(self._engine, self._settings.group, self.wake)
+                    listener.start()
+                    beside.append(listener)
+
             try:
-                self._dispatch(goal, keeper)
+                self._dispatch(goal, keeper, listen)
             finally:
                 self._finish(keeper)
         finally:
@@ -228,7 +231,7 @@ class Consumer:
         # For the next of them.
         jobs.put(None)
 
-    def _dispatch(self, goal: Goal, keeper: Keeper) -> None:
+    def _dispatch(self, goal: Goal, keeper: Keeper, listen: Callable[[], None]) -> None:
         backoff, held_up = Backoff(), held_up_backoff()
         checked = False
         while not self._stops:
@@ -240,6 +243,7 @@ class Consumer:
                         with self._engine.connect() as connection:
                             outcomes.check_start(connection, self._settings, self._names)
                         checked = True
+                        listen()
                     with self._own.begin() as connection:
                         reserved, due_in = outcomes.reserve(
                             connection, self._settings, self._names, room

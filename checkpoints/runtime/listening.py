@@ -31,7 +31,11 @@ def listen_sql(engine: Engine) -> str:
 
 
 def open_connection(engine: Engine) -> Any:
-    """A driver's connection, made as the engine's are, but of no pool: that may be exhausted."""
+    """A driver's connection, made as the engine's are, but of no pool: that may be exhausted.
+
+    Not before the engine has connected once: SQLAlchemy then readies the dialect, and lets others
+    wait for that within one pool only; one that does not wait finds it half done.
+    """
     pooled = engine.pool.recreate().connect()
     connection = pooled.driver_connection
     pooled.detach()

@@ -578,3 +578,25 @@ def test_the_fixtures_are_of_both_kinds(bench: Bench) -> None:
     runner = bench.consumer(write)
     assert isinstance(runner, AsyncRunner if bench.is_async else BlockingRunner)
     assert LONG_AGO.year == 2020
+
+
+def test_it_listens_only_when_the_engine_has_connected_once(bench: Bench) -> None:
+    """SQLAlchemy readies the dialect at the first connection, for one pool at a time."""
+    bench.fill("account-1")
+    runner = bench.consumer(write)
+    ready_for_listening: list[bool] = []
+
+    def connecting(dialect: Any, *_: Any) -> None:
+        who = threading.current_thread().name
+        if bench.is_async:
+            task = asyncio.current_task()
+            who = "" if task is None else getattr(task.get_coro(), "__name__", "")
+        if "listener" in who or who == "greenlet_spawn":
+            ready_for_listening.append(hasattr(dialect, "default_isolation_level"))
+
+    event.listen(runner.sync_engine, "do_connect", connecting)
+    with runner.running():
+        until(lambda: ready_for_listening)
+        until(lambda: bench.notes() == ["account-1"])
+
+    assert all(ready_for_listening)
