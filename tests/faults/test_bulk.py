@@ -56,6 +56,6 @@ def test_sixteen_workers_drain_a_hundred_thousand_checkpoints(
     seconds = time.monotonic() - began
     print(f"{CHECKPOINTS} checkpoints in {seconds:.1f} s: {CHECKPOINTS / seconds:.0f}/s")
 
-    world.await_finished(10)
+    world.await_finished(30)
     world.check()
     assert workers.log() == []

@@ -22,7 +22,7 @@ def test_sixteen_consumers_keep_the_order_of_one_stream_that_grows_all_the_time(
     for _ in range(ROUNDS):
         world.append(["busy"] * world.random.randint(1, 3))
 
-    world.await_finished(30)
+    world.await_finished(60)
     world.check()
     assert workers.failed_attempts() == []
     assert workers.told("lost") == []

@@ -45,7 +45,7 @@ def test_handlers_that_raise_are_tried_again_and_others_go_on(
     world.append([*PLAIN, "once-0", "late-0", "never"])
     _start(workers, kind)
 
-    world.await_finished(30)
+    world.await_finished(60)
     world.check(failed=["never"])
     assert world.column("never", "retry_attempts") == 5
     assert len(world.column("never", "retries")) == 5
@@ -63,7 +63,7 @@ def test_a_handler_that_hangs_is_ended_and_its_message_tried_again(
     # All slots hang at once, after having written.
     _start(workers, kind, count=1, handler_timeout=timedelta(seconds=1))
 
-    world.await_finished(30)
+    world.await_finished(60)
     world.check()
     assert len(workers.failed_attempts()) == len(hanging)
     assert workers.exit_code("worker-0") is None
@@ -83,10 +83,10 @@ def test_a_handler_that_hangs_always_ends_as_failed(
         retry={"first_delay": timedelta(seconds=0.1), "max_attempts": 3},
     )
 
-    world.await_finished(30)
+    world.await_finished(60)
     world.check(failed=["hanging"])
     world.append(PLAIN)
-    world.await_finished(10)
+    world.await_finished(60)
     # Nothing of its attempts is left in the database.
     idle = "application_name = 'worker-0' AND state = 'idle in transaction'"
     eventually(lambda: not world.sessions(idle), "no transaction is left open")
@@ -107,7 +107,7 @@ def test_a_handler_that_was_given_up_and_goes_on_changes_nothing(
         consumer={"concurrency": 1, "handler_timeout": timedelta(seconds=0.5)},
     )
     # While the handler still waits, the next attempt is done.
-    world.await_finished(30)
+    world.await_finished(60)
     world.check()
     assert len(workers.failed_attempts()) == 1
 
@@ -115,7 +115,7 @@ def test_a_handler_that_was_given_up_and_goes_on_changes_nothing(
     gate.touch()
     eventually(lambda: len(workers.told("a statement failed")) > 0, "it finds that it is alone")
     world.append(PLAIN)
-    world.await_finished(30)
+    world.await_finished(60)
     world.check()
     assert not world.sessions("application_name = 'worker' AND state LIKE 'idle in%'")
     assert workers.told("a worker failed") == workers.told("a handler's task failed") == []
@@ -134,7 +134,7 @@ def test_a_handler_that_hangs_with_the_only_connection_does_not_stop_its_consume
         consumer={"handler_timeout": timedelta(seconds=1)},
     )
 
-    world.await_finished(40)
+    world.await_finished(60)
     world.check()
 
 
@@ -151,7 +151,7 @@ def test_a_handler_that_hangs_when_its_reservation_is_gone_gives_its_slot_back(
         )
     world.append(PLAIN)
 
-    world.await_finished(20)
+    world.await_finished(60)
     world.check()
 
 
@@ -163,7 +163,7 @@ def test_a_handler_that_ends_its_process_is_tried_again(
     world.append([*PLAIN, "exit-0", "exit-1"])
     _start(workers, kind, count=2, reservation_timeout=timedelta(seconds=1))
 
-    eventually(lambda: _replaced(workers) and not world.unfinished(), "all is done", 40)
+    eventually(lambda: _replaced(workers) and not world.unfinished(), "all is done", 90)
     world.check()
 
 
@@ -179,7 +179,7 @@ def test_a_poison_message_fails_and_takes_no_other_with_it(
     policy = {"first_delay": timedelta(seconds=0.5), "max_attempts": 4}
     _start(workers, kind, count=2, reservation_timeout=timedelta(seconds=1), retry=policy)
 
-    eventually(lambda: _replaced(workers) and not world.unfinished(), "all is done", 60)
+    eventually(lambda: _replaced(workers) and not world.unfinished(), "all is done", 90)
     world.check(failed=["poison"])
     assert world.column("poison", "status") is CheckpointStatus.FAILED
     assert world.column("poison", "retry_attempts") == 4

@@ -36,16 +36,16 @@ def test_a_recorder_that_ends_between_reading_and_committing_skips_nothing(
         workers.freeze("first")
     _start_recorder(workers, "second")
     workers.start("consumer")
-    eventually(lambda: world.applied() == len(STREAMS), "another recorder goes on", 10)
+    eventually(lambda: world.applied() == len(STREAMS), "another recorder goes on")
 
-    world.await_finished(10)
+    world.await_finished(30)
     if fate == "frozen":
         (workers.folder / "gate").touch()
         workers.thaw("first")
         world.append(STREAMS, record=False)
         workers.kill("second")
-        eventually(lambda: world.applied() == 2 * len(STREAMS), "the first is of use again", 10)
-        world.await_finished(10)
+        eventually(lambda: world.applied() == 2 * len(STREAMS), "the first is of use again")
+        world.await_finished(30)
     world.check()
 
 
@@ -68,5 +68,5 @@ def test_two_recorders_that_are_killed_at_random_skip_nothing(
         workers.restart(name)
 
     eventually(lambda: world.applied() == appended, lambda: f"all: {world.applied()}", 30)
-    world.await_finished(10)
+    world.await_finished(30)
     world.check()

@@ -43,15 +43,15 @@ def test_after_sigterm_the_running_handlers_finish_and_the_rest_is_given_back_at
 ) -> None:
     gate = _start(world, workers, kind, grace=30)
     workers.terminate("worker")
-    eventually(lambda: world.reserved() == 2, "what was not started is given back", 3)
+    eventually(lambda: world.reserved() == 2, "what was not started is given back", 15)
     assert workers.exit_code("worker") is None
 
     # Another can have them at once.
     workers.start("other", kind=kind)
-    eventually(lambda: sum(map(world.position, STREAMS)) == 8, "the other has done them", 10)
+    eventually(lambda: sum(map(world.position, STREAMS)) == 8, "the other has done them")
     gate.touch()
-    assert workers.await_exit("worker", 10) == 0
-    world.await_finished(5)
+    assert workers.await_exit("worker", 20) == 0
+    world.await_finished(30)
     world.check()
     assert workers.told("reservation was lost") == []
 
@@ -61,13 +61,13 @@ def test_a_second_sigterm_gives_running_handlers_up_at_once(
 ) -> None:
     _start(world, workers, kind, grace=60)
     workers.terminate("worker")
-    eventually(lambda: world.reserved() == 2, "what was not started is given back", 3)
+    eventually(lambda: world.reserved() == 2, "what was not started is given back", 15)
     workers.terminate("worker")
-    assert workers.await_exit("worker", 5) == 0
+    assert workers.await_exit("worker", 20) == 0
     # Nothing waits for a timeout, and what the two had written is rolled back.
     assert world.reserved() == 0
     workers.start("other", kind=kind)
-    world.await_finished(10)
+    world.await_finished(30)
     world.check()
 
 
@@ -76,10 +76,10 @@ def test_after_the_grace_running_handlers_are_given_up(
 ) -> None:
     _start(world, workers, kind, grace=1)
     workers.terminate("worker")
-    assert workers.await_exit("worker", 6) == 0
+    assert workers.await_exit("worker", 20) == 0
     assert world.reserved() == 0
     workers.start("other", kind=kind)
-    world.await_finished(10)
+    world.await_finished(30)
     world.check()
 
 
@@ -96,9 +96,9 @@ def test_workers_that_are_stopped_one_after_the_other_lose_and_delay_nothing(
         name = world.random.choice(workers.names)
         world.await_in_transaction(name, STREAMS)
         workers.terminate(name)
-        assert workers.await_exit(name, 10) == 0
+        assert workers.await_exit(name, 20) == 0
         workers.restart(name)
 
     # Far below the timeout: nothing was left reserved.
-    world.await_finished(20)
+    world.await_finished(30)
     world.check()

@@ -32,7 +32,7 @@ def test_a_zombie_in_python_loses_to_the_worker_that_recovered_its_reservation(
 ) -> None:
     _freeze_at_gate(world, workers, kind, "gate", "")
     # It has read but not written: nothing is in the other's way.
-    world.await_finished(20)
+    world.await_finished(60)
     world.check()
 
     workers.thaw("zombie")
@@ -40,7 +40,7 @@ def test_a_zombie_in_python_loses_to_the_worker_that_recovered_its_reservation(
     # It is of use again.
     workers.kill("heir")
     world.append(["frozen", "other-1"])
-    world.await_finished(20)
+    world.await_finished(60)
     world.check()
 
 
@@ -49,14 +49,14 @@ def test_a_zombie_in_a_transaction_loses_and_is_rolled_back(
 ) -> None:
     _freeze_at_gate(world, workers, kind, "gate-late", BOUND_IDLE)
     # It has written: the row of the projection is locked until the server ends its session.
-    world.await_finished(20)
+    world.await_finished(60)
     world.check()
 
     workers.thaw("zombie")
     eventually(lambda: workers.told("reservation was lost", "zombie"), "the zombie lost")
     workers.kill("heir")
     world.append(["frozen", "other-1"])
-    world.await_finished(20)
+    world.await_finished(60)
     world.check()
 
 
@@ -76,6 +76,6 @@ def test_without_a_bound_on_idle_transactions_only_the_streams_own_heir_waits_fo
     eventually(lambda: world.position("other-1") == 2, "other streams go on")
 
     workers.thaw("zombie")
-    world.await_finished(20)
+    world.await_finished(60)
     world.check()
     assert workers.told("reservation was lost", "zombie")
