@@ -85,7 +85,8 @@ def pause_subscription(id: int) -> Select[int, SubscriptionStatus]:
     The ready checkpoints stay in `checkpoints_ready`. Until revision 0.24.0 puts the subscription
     beside them, every reserve of any group walks over those that are due.
 
-    Rows: id, status, as it stands now. None: there is no such subscription. Locks the subscription.
+    Rows: id, status, as it stands now. No row: there is no such subscription. Locks the
+    subscription.
     """
     return _pause().params(pause_id=arguments.identifier("id", id))
 
@@ -113,7 +114,8 @@ def resume_subscription(id: int) -> Select[int, SubscriptionStatus]:
     Without a replay's target it is active. One that is not paused is left as it is. Wakes
     consumers that sleep. Waits for a batch of `reset_subscription_checkpoints` that runs.
 
-    Rows: id, status, as it stands now. None: there is no such subscription. Locks the subscription.
+    Rows: id, status, as it stands now. No row: there is no such subscription. Locks the
+    subscription.
     """
     return _resume().params(resume_id=arguments.identifier("id", id))
 
@@ -145,7 +147,7 @@ def replay_subscription(id: int, *, target_position: int) -> Select[int, Subscri
     is replay, and each reservation carries the target: a handler knows by it which messages are
     old. `finish_replay` ends it. Wakes consumers that sleep.
 
-    Rows: id, status, replay_target_position. None: there is no such subscription. Locks the
+    Rows: id, status, replay_target_position. No row: there is no such subscription. Locks the
     subscription.
     """
     return _replay().params(
@@ -264,7 +266,7 @@ def reset_subscription_checkpoints(
     same transaction.
 
     Rows: one, with id and status of the subscription and stream_names, the list of those taken
-    back, in order. None: there is no such subscription. Locks the subscription FOR SHARE, so that
+    back, in order. No row: there is no such subscription. Locks the subscription FOR SHARE, so that
     its status stays, then the checkpoints in the common order, and waits.
     """
     return _reset().params(
@@ -327,7 +329,7 @@ def rename_subscription(id: int, name: str) -> Select[int, str]:
 
     Consumers that serve it by name must be told the new one. Reservations that run go on.
 
-    Rows: id, name. None: there is no such subscription. Locks the subscription, and waits for
+    Rows: id, name. No row: there is no such subscription. Locks the subscription, and waits for
     recorders that add checkpoints to it.
 
     Raises:
@@ -358,7 +360,7 @@ def move_subscription(id: int, group_name: str) -> Select[int, int]:
     it is for the new group to recover them. Consumers of the new group are not woken: they find
     the subscription when they look the next time.
 
-    Rows: id, subscription_group_id. None: there is no such subscription. Locks the subscription
+    Rows: id, subscription_group_id. No row: there is no such subscription. Locks the subscription
     and a group that it adds; waits for recorders that add checkpoints to the subscription, and for
     a transaction that is adding the group.
 
@@ -452,7 +454,7 @@ def _delete_checkpoints() -> Select[int]:
 def delete_subscription(id: int) -> Select[int, bool]:
     """Delete a subscription that has no checkpoints any more. Its group is left.
 
-    Rows: id, deleted (False: it has checkpoints, and is left as it is). None: there is no such
+    Rows: id, deleted (False: it has checkpoints, and is left as it is). No row: there is no such
     subscription. Locks the subscription, and waits for recorders that add checkpoints to it.
 
     Raises:
