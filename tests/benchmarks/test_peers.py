@@ -89,7 +89,7 @@ def test_one_at_a_time_without_enough_items_is_no_rate(url: str) -> None:
 
 
 def test_a_drain_that_takes_too_long_says_how_much_was_done(url: str) -> None:
-    peer = Procrastinate(limit=0.5)
+    peer = Procrastinate().limited(0.5)
     peer.prepare(url)
     peer.add(url, 20_000, "work")
 

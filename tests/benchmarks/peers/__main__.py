@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--foreign", type=int, default=0, help="items of another queue")
     parser.add_argument("--paused", type=int, default=0, help="items that are paused")
     parser.add_argument("--seconds", type=float, default=5.0, help="one at a time; 0: not at all")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds of a drain")
     given = parser.parse_args()
 
     names = [name.lower() for name in given.names] or [""]
@@ -52,7 +53,10 @@ def _measure(peer: Peer, filled: Callable[[int], str], given: argparse.Namespace
         what = f"drain {given.count:,}, {processes} processes"
         url = filled(given.count)
         try:
-            seconds, done = peer.drain(url, given.count, processes, given.batch), given.count
+            seconds, done = (
+                peer.limited(given.limit).drain(url, given.count, processes, given.batch),
+                given.count,
+            )
         except NotAllDone as error:
             seconds, done, what = error.seconds, error.done, f"{what}, only {error.done:,} done"
         print(f"  {what}: {seconds:.2f} s, {done / seconds:,.0f}/s", flush=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import psycopg
 
@@ -52,6 +53,10 @@ class MeasuredPeer(ABC):
     @abstractmethod
     def done(self, connection: psycopg.Connection, first: int, count: int) -> int:
         """How many of the `count` work items from this id on were done, with success."""
+
+    def limited(self, seconds: float) -> Self:
+        """The same peer with another `limit`."""
+        return replace(self, limit=seconds)
 
     def drain(self, url: str, count: int, processes: int, batch: int) -> float:
         """Work off the `count` items that wait; see `Peer.drain`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 __all__ = ["Kind", "NotAllDone", "Peer", "PeerError"]
 
@@ -44,6 +44,9 @@ class Peer(Protocol):
 
     def missing(self) -> str | None:
         """Why it cannot run on this machine, or None if it can."""
+
+    def limited(self, seconds: float) -> Self:
+        """The same peer, whose drains are given up after these seconds."""
 
     def prepare(self, url: str) -> None:
         """Install its schema in a fresh database, by its own tool."""
