@@ -17,7 +17,8 @@ One at a time: `batch_size=1`. PgQueuer has no setting for one job at a time in 
 a query's part): the next job may be fetched while the last is being logged as done.
 
 Foreign: an entrypoint that no worker registers. Paused: PgQueuer has no pause; the items are of
-the drained entrypoint and deferred for ten years by `execute_after`.
+the drained entrypoint and deferred for ten years by `execute_after`. (Its workers could leave the
+entrypoint out too, which is what "foreign" measures.)
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ class PgQueuer(MeasuredPeer):
         return importlib.metadata.version("pgqueuer")
 
     def missing(self) -> str | None:
-        for package in ("pgqueuer", "uvloop", self.driver):
+        # The worker's module imports both drivers.
+        for package in ("pgqueuer", "uvloop", "asyncpg", "psycopg"):
             if importlib.util.find_spec(package) is None:
                 return f"the package {package} is not installed (the extra `benchmarks` has it)"
         return None
