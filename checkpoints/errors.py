@@ -1,16 +1,20 @@
-"""The errors of the executing layer. Driver errors that are not listed here pass unwrapped."""
+"""The errors of the package. Driver errors that are not listed here pass unwrapped."""
 
 from __future__ import annotations
 
 from datetime import datetime
 
+from alembic.util import CommandError
+
 __all__ = [
     "CheckpointsError",
+    "MigrationRefused",
     "ReservationLost",
     "SchemaNotMigrated",
     "SubscriptionExists",
     "SubscriptionRunning",
     "UnknownSubscription",
+    "WrongSchemaRevision",
 ]
 
 
@@ -90,3 +94,28 @@ class SchemaNotMigrated(CheckpointsError):
             "this database and schema, `alembic upgrade head` in a clone, or from Python "
             'alembic.command.upgrade(checkpoints.alembic_config(url, schema=…), "head")'
         )
+
+
+class WrongSchemaRevision(CheckpointsError):
+    """The schema is not at the revision that this code needs; `verify` looks.
+
+    `installed` is the revision that the database records: None if the tables are not there,
+    and "unknown" if they are and no revision is recorded.
+    """
+
+    def __init__(self, schema: str, installed: str | None, needed: str, remedy: str) -> None:
+        found = {
+            None: "has no tables of checkpoints",
+            "unknown": "has tables of checkpoints, but does not say of which revision",
+        }.get(installed, f"is at revision {installed!r} of checkpoints")
+        super().__init__(f"the schema {schema!r} {found}; this code needs {needed!r}: {remedy}")
+        self.schema = schema
+        self.installed = installed
+        self.needed = needed
+
+
+class MigrationRefused(CheckpointsError, CommandError):
+    """A migration cannot be run as it was asked for; the transaction must be rolled back.
+
+    It is one of Alembic's errors too, so that the command `alembic` shows it as one line.
+    """
