@@ -87,7 +87,7 @@ class _Way:
         self.from_ = None if from_ is None else revisions.revision("from_", from_)
         self.schema = revisions.schema_name("schema", schema)
         if self.from_ is not None and self.is_before(to, self.from_):
-            beyond = "after" if up else "before"
+            beyond = "before" if up else "after"
             raise ValueError(f"to must not be {beyond} from_, {from_!r}: {to!r}")
 
     def is_before(self, one: str, other: str) -> bool:
