@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import MetaData, Table
+from sqlalchemy import BLANK_SCHEMA, MetaData, Table
 
 from checkpoints.migrations import revisions
 from checkpoints.tables import DEFAULT_SCHEMA, metadata
@@ -65,8 +65,15 @@ def target_metadata(*, schema: str = DEFAULT_SCHEMA) -> MetaData:
     revisions.schema_name("schema", schema)
     target = MetaData(naming_convention=metadata.naming_convention)
     for table in metadata.sorted_tables:
-        # Tables of the schema that is found first are reflected without one.
-        table.to_metadata(target, schema=None if schema == _PUBLIC else schema)  # type: ignore[arg-type]
+        if schema == _PUBLIC:
+            # As they are reflected; a key or a type with a schema would differ.
+            table.to_metadata(
+                target,
+                schema=None,  # type: ignore[arg-type]
+                referred_schema_fn=lambda *_: BLANK_SCHEMA,  # type: ignore[arg-type]
+            )
+        else:
+            table.to_metadata(target, schema=schema)
     return target
 
 
