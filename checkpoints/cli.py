@@ -24,6 +24,7 @@ from checkpoints import migrations
 from checkpoints.demo import DemoError
 from checkpoints.embedded import ServerUnavailable
 from checkpoints.migrations.rendering import revision_calls
+from checkpoints.migrations.revisions import schema_name
 from checkpoints.tables import DEFAULT_SCHEMA
 
 __all__ = ["main"]
@@ -148,7 +149,13 @@ def _revision(given: argparse.Namespace) -> int:
         )
         sys.stdout.write(f"{script.path if script else ''}\n")
         return 0
-    heads = directory.get_heads()
+    try:
+        heads = directory.get_heads()
+    except CommandError as error:
+        raise CommandError(
+            f"{error} (if that is the file that this is written to: have it written by --write, "
+            "or give --revises)"
+        ) from None
     if len(heads) > 1:
         raise CommandError(f"there are several heads, {', '.join(heads)}: give one by --revises")
     given.revises = heads[0] if heads else "base"
@@ -269,6 +276,7 @@ def _add_revision(commands: argparse._SubParsersAction[_Parser]) -> None:
 def _add_schema(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schema",
+        type=_schema,
         default=DEFAULT_SCHEMA,
         help=f"schema of the tables (default: {DEFAULT_SCHEMA})",
     )
@@ -278,3 +286,10 @@ def _workers(given: str) -> int:
     if not (given.isascii() and given.isdigit() and 1 <= int(given) <= _MOST_WORKERS):
         raise argparse.ArgumentTypeError(f"expected 1 to {_MOST_WORKERS}, not {given!r}")
     return int(given)
+
+
+def _schema(given: str) -> str:
+    try:
+        return schema_name("schema", given)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from checkpoints.migrations import revisions
 from checkpoints.tables import DEFAULT_SCHEMA
 
@@ -10,15 +12,14 @@ __all__ = ["render_revision", "revision_calls"]
 _REVISION = '''"""{message}
 
 Revision ID: {revision}
-Revises: {revises}
+{revises}
 """
 
 from alembic import op
-
 from checkpoints import migrations
 
-revision = {revision!r}
-down_revision = {down_revision!r}
+revision = {name}
+down_revision = {down_revision}
 branch_labels = None
 depends_on = None
 
@@ -53,11 +54,13 @@ def render_revision(
             `from_`.
     """
     calls = revision_calls(from_=from_, to=to, schema=schema)
+    message = message or f"checkpoints {to or revisions.head()}"
     return _REVISION.format(
-        message=message or f"checkpoints {to or revisions.head()}",
+        message=message.replace("\\", "\\\\").replace('"""', '\\"\\"\\"'),
         revision=revision,
-        revises=down_revision or "",
-        down_revision=down_revision,
+        name=_literal(revision),
+        revises=f"Revises: {down_revision or ''}".rstrip(),
+        down_revision=None if down_revision is None else _literal(down_revision),
         upgrade=calls[0],
         downgrade=calls[1],
     )
@@ -72,7 +75,13 @@ def revision_calls(*, from_: str, to: str | None, schema: str) -> tuple[str, str
     revisions.schema_name("schema", schema)
     if names.index(to) <= names.index(from_):
         raise ValueError(f"to must be after from_, {from_!r}, not {to!r}")
+    low, high, into = (_literal(value) for value in (from_, to, schema))
     return (
-        f"migrations.upgrade(op, from_={from_!r}, to={to!r}, schema={schema!r})",
-        f"migrations.downgrade(op, from_={to!r}, to={from_!r}, schema={schema!r})",
+        f"migrations.upgrade(op, from_={low}, to={high}, schema={into})",
+        f"migrations.downgrade(op, from_={high}, to={low}, schema={into})",
     )
+
+
+def _literal(value: str) -> str:
+    """A text in Python, with double quotes as formatters have it."""
+    return json.dumps(value, ensure_ascii=False)

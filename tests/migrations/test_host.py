@@ -205,7 +205,7 @@ def test_a_database_before_from_is_refused(project: Project, connection: Connect
     line = project.refused("upgrade", "head")
     assert f"is at revision 'base' of checkpoints, and not at from_, {BEFORE!r}" in line
     assert installed(connection) is None
-    project.change(written, f"upgrade(op, from_={BEFORE!r}", "upgrade(op, from_='base'")
+    project.change(written, f'upgrade(op, from_="{BEFORE}"', 'upgrade(op, from_="base"')
     project.alembic("upgrade", "head")
     assert installed(connection) == HEAD
 
@@ -310,7 +310,7 @@ def test_the_roles_timeouts_do_not_cut_it_short_and_hold_again_afterwards(
         )
     connection.commit()
     written = project.write(first)
-    call = f"upgrade(op, from_={first!r}, to={HEAD!r}, schema='checkpoints')"
+    call = f'upgrade(op, from_="{first}", to="{HEAD}", schema="checkpoints")'
     queries = {
         "timeouts": "SELECT count(*) FROM pg_settings WHERE setting = '150'",
         "locks": "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'",
@@ -332,8 +332,8 @@ def test_the_version_tables_schema_is_the_applications_again_afterwards(project:
     written = project.write("base")
     project.change(
         written,
-        f"to={HEAD!r}, schema='checkpoints')",
-        f"to={HEAD!r}, schema='checkpoints')\n"
+        f'to="{HEAD}", schema="checkpoints")',
+        f'to="{HEAD}", schema="checkpoints")\n'
         "    print('schema', op.get_context().version_table_schema)\n"
         "    with op.get_context().autocommit_block():\n"
         "        op.execute('SELECT 1')",
