@@ -91,8 +91,8 @@ class SchemaNotMigrated(CheckpointsError):
     def __init__(self, missing: str) -> None:
         super().__init__(
             f"the schema of checkpoints is missing or too old ({missing}): run the migration for "
-            "this database and schema, `alembic upgrade head` in a clone, or from Python "
-            'alembic.command.upgrade(checkpoints.alembic_config(url, schema=…), "head")'
+            "this database and schema: the application's own, `checkpoints migrate`, or "
+            "`alembic upgrade head` in a clone; checkpoints.migrations.verify() says which it needs"
         )
 
 

@@ -104,6 +104,44 @@ def test_a_revision_of_the_application_names_its_branch(project: Project) -> Non
     project.alembic("upgrade", "heads")
 
 
+def test_merged_heads_last_until_the_next_revision_of_the_package(
+    project: Project, installation: Path, tmp_path: Path
+) -> None:
+    configure(project)
+    (first,) = project.folder.glob("migrations/versions/*_first.py")
+    mine = first.name.partition("_")[0]
+    # Into the folder of the first that is named: not into the package.
+    project.alembic("merge", "-m", "merged", mine, HEAD)
+    project.alembic("upgrade", "head")
+
+    newer = tmp_path / "newer"
+    shutil.copytree(installation, newer)
+    (newer / "checkpoints" / "alembic" / "versions" / "99_0_0_next.py").write_text(
+        f'revision = "99.0.0"\ndown_revision = {HEAD!r}\n\n\n'
+        "def upgrade() -> None:\n    pass\n\n\ndef downgrade() -> None:\n    pass\n"
+    )
+    project.environment["PYTHONPATH"] = os.pathsep.join([str(newer), str(tmp_path)])
+    assert "Multiple head revisions are present" in project.refused("upgrade", "head")
+    assert mine in project.alembic("history")
+
+
+def test_depends_on_does_not_make_one_head_of_two(project: Project) -> None:
+    configure(project)
+    (first,) = project.folder.glob("migrations/versions/*_first.py")
+    mine = first.name.partition("_")[0]
+    project.alembic("revision", "-m", "second", "--head", f"{mine}@head", "--depends-on", HEAD)
+    project.alembic("upgrade", f"{mine}@head")
+    assert "Multiple head revisions are present" in project.refused("upgrade", "head")
+
+
+def test_the_base_is_that_of_both(project: Project, connection: Connection) -> None:
+    configure(project)
+    project.alembic("upgrade", "heads")
+    project.alembic("downgrade", "base")
+    assert migrations.installed_revision(connection) is None
+    assert not connection.dialect.has_table(connection, "customers")
+
+
 def test_a_colon_that_splits_is_said(project: Project) -> None:
     """`path_separator = os` is what `alembic init` writes: the revisions are silently not there."""
     configure(project)
