@@ -84,7 +84,7 @@ def _migrate(given: argparse.Namespace) -> int:
     if not url and not given.sql:
         raise CommandError(_NO_URL)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    logging.getLogger("alembic").setLevel(logging.INFO)
+    logging.getLogger("alembic").setLevel(logging.WARNING if given.sql else logging.INFO)
     config = migrations.alembic_config(url or "postgresql+psycopg://", schema=given.schema)
     migrate = command.upgrade if given.action == "upgrade" else command.downgrade
     migrate(config, given.revision or "head", sql=given.sql)

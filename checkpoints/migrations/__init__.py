@@ -5,7 +5,12 @@ beside its own; `alembic_config` apart from it. `verify` tells at start-up wheth
 one that this code needs.
 """
 
-from checkpoints.migrations.autogenerate import include_name, include_object, target_metadata
+from checkpoints.migrations.autogenerate import (
+    include_name,
+    include_object,
+    include_type,
+    target_metadata,
+)
 from checkpoints.migrations.branch import configure_branch
 from checkpoints.migrations.host import downgrade, upgrade
 from checkpoints.migrations.installed import installed_revision, verify
@@ -19,6 +24,7 @@ __all__ = [
     "head",
     "include_name",
     "include_object",
+    "include_type",
     "installed_revision",
     "render_revision",
     "script_location",

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import BLANK_SCHEMA, MetaData, Table
+from sqlalchemy import BLANK_SCHEMA, Enum, MetaData, Table
 
 from checkpoints.migrations import revisions
 from checkpoints.tables import DEFAULT_SCHEMA, metadata
 
-__all__ = ["include_name", "include_object", "target_metadata"]
+__all__ = ["include_name", "include_object", "include_type", "target_metadata"]
 
 _TABLES = frozenset(table.name for table in metadata.sorted_tables)
+_TYPES = frozenset(
+    column.type.name
+    for table in metadata.sorted_tables
+    for column in table.columns
+    if isinstance(column.type, Enum)
+)
 # Its schema is None where tables are reflected without naming it.
 _PUBLIC = "public"
 
@@ -53,6 +59,15 @@ def include_name(
     created again.
     """
     return type_ != "table" or not _is_ours(name, parent_names.get("schema_name"), schema)
+
+
+def include_type(name: str) -> bool:
+    """False for the enumerated types of this package, in any schema.
+
+    Alembic itself looks at no types. This is for plugins that do: of alembic-postgresql-enum it is
+    `set_configuration(Config(include_name=include_type))`.
+    """
+    return name not in _TYPES
 
 
 def target_metadata(*, schema: str = DEFAULT_SCHEMA) -> MetaData:

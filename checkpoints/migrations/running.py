@@ -98,7 +98,9 @@ def prepared(context: MigrationContext, schema: str) -> Iterator[None]:
     try:
         context.execute(ddl(_BEGIN, lock=lock))
     except DBAPIError as error:
-        if getattr(error.orig, "sqlstate", None) != "55006":
+        # psycopg2, which an application may migrate with, has another name for it.
+        orig = error.orig
+        if "55006" not in {getattr(orig, "sqlstate", None), getattr(orig, "pgcode", None)}:
             raise
         raise MigrationRefused(
             f"another migration of checkpoints in the schema {schema!r} is running: "

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from sqlalchemy import URL
+
+import checkpoints
+from checkpoints import migrations
 
 APP = """
 from sqlalchemy import BigInteger, ForeignKey, Text
@@ -128,6 +132,18 @@ class Project:
         """Have `checkpoints revision` write a revision; its file."""
         written = self.checkpoints("revision", "--from", from_, "--write", *options)
         return Path(written.splitlines()[-1])
+
+
+def install(folder: Path, *revisions: str) -> Path:
+    """Copy the package as a wheel has it, the migrations inside, with more revisions after them."""
+    package = Path(checkpoints.__file__).parent
+    ignored = shutil.ignore_patterns("__pycache__", "alembic")
+    shutil.copytree(package, folder / "checkpoints", ignore=ignored)
+    shutil.copytree(migrations.script_location(), folder / "checkpoints" / "alembic")
+    for number, text in enumerate(revisions, 99):
+        file = folder / "checkpoints" / "alembic" / "versions" / f"{number}_0_0_next.py"
+        file.write_text(text)
+    return folder
 
 
 def start_project(folder: Path, url: URL, *, template: str = "generic") -> Project:

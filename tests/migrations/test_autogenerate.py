@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import URL, text
 
+from checkpoints import migrations
 from tests.migrations.projects import Project, start_project
 from tests.migrations.support import engine_of, upgrade
 
@@ -111,6 +112,18 @@ def test_without_a_hook_autogenerate_would_drop_them(
     project.configure(options)
     assert "remove_table" in check(project)
     assert said in check(project)
+
+
+def test_the_types_are_told_from_others(migrated_url: URL) -> None:
+    with engine_of(migrated_url) as engine, engine.connect() as connection:
+        types = connection.scalars(
+            text(
+                "SELECT typname FROM pg_type WHERE typtype = 'e' "
+                "AND typnamespace = CAST('checkpoints' AS regnamespace)"
+            )
+        ).all()
+    assert len(types) == 2
+    assert [name for name in [*types, "mood"] if migrations.include_type(name)] == ["mood"]
 
 
 def test_tables_of_the_same_names_in_another_schema_are_the_applications(

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from sqlalchemy import URL, Connection, text
 
-import checkpoints
 from checkpoints import migrations
 from checkpoints.migrations.revisions import known
 from tests.migrations.catalogue import fingerprint
-from tests.migrations.projects import Project, start_project
-from tests.migrations.support import engine_of
+from tests.migrations.projects import Project, install, start_project
+from tests.migrations.support import engine_of, psql
 
 HEAD = migrations.head()
 LOCATIONS = (
@@ -33,12 +31,7 @@ CONFIGURED = (
 @pytest.fixture(scope="session")
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the package as a wheel has it: the migrations inside."""
-    folder = tmp_path_factory.mktemp("installation")
-    ignored = shutil.ignore_patterns("__pycache__", "alembic")
-    package = Path(checkpoints.__file__).parent
-    shutil.copytree(package, folder / "checkpoints", ignore=ignored)
-    shutil.copytree(migrations.script_location(), folder / "checkpoints" / "alembic")
-    return folder
+    return install(tmp_path_factory.mktemp("installation"))
 
 
 @pytest.fixture
@@ -87,6 +80,22 @@ def test_heads_upgrades_both(
     assert migrations.installed_revision(connection, schema=schema) == HEAD
 
 
+@pytest.mark.parametrize("schema", ["checkpoints", "public"])
+def test_the_script_of_the_branch(project: Project, connection: Connection, schema: str) -> None:
+    run = "with context.begin_transaction():\n"
+    call = f"migrations.configure_branch(context, schema={schema!r})\n"
+    text = project.env.read_text()
+    for indent in (" " * 4, " " * 8):
+        assert text.count(f"\n{indent}{run}") == 1
+        text = text.replace(f"\n{indent}{run}", f"\n{indent}{call}{indent}{run}")
+    project.env.write_text(text)
+    (first,) = project.folder.glob("migrations/versions/*_first.py")
+    script = project.alembic("upgrade", f"{first.name.partition('_')[0]}:heads", "--sql")
+    done = psql(project.url, "\\set ON_ERROR_STOP on\n" + script)
+    assert (done.returncode, done.stderr) == (0, "")
+    migrations.verify(connection, schema=schema)
+
+
 def test_head_alone_is_ambiguous(project: Project) -> None:
     configure(project)
     assert "Multiple head revisions are present" in project.refused("upgrade", "head")
@@ -105,7 +114,7 @@ def test_a_revision_of_the_application_names_its_branch(project: Project) -> Non
 
 
 def test_merged_heads_last_until_the_next_revision_of_the_package(
-    project: Project, installation: Path, tmp_path: Path
+    project: Project, tmp_path: Path
 ) -> None:
     configure(project)
     (first,) = project.folder.glob("migrations/versions/*_first.py")
@@ -114,11 +123,10 @@ def test_merged_heads_last_until_the_next_revision_of_the_package(
     project.alembic("merge", "-m", "merged", mine, HEAD)
     project.alembic("upgrade", "head")
 
-    newer = tmp_path / "newer"
-    shutil.copytree(installation, newer)
-    (newer / "checkpoints" / "alembic" / "versions" / "99_0_0_next.py").write_text(
+    newer = install(
+        tmp_path / "newer",
         f'revision = "99.0.0"\ndown_revision = {HEAD!r}\n\n\n'
-        "def upgrade() -> None:\n    pass\n\n\ndef downgrade() -> None:\n    pass\n"
+        "def upgrade() -> None:\n    pass\n\n\ndef downgrade() -> None:\n    pass\n",
     )
     project.environment["PYTHONPATH"] = os.pathsep.join([str(newer), str(tmp_path)])
     assert "Multiple head revisions are present" in project.refused("upgrade", "head")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from sqlalchemy import URL, Connection, text
 from checkpoints import Checkpoints, MigrationRefused, migrations
 from checkpoints.migrations.revisions import known
 from tests.migrations.catalogue import fingerprint
-from tests.migrations.projects import Project, start_project
+from tests.migrations.projects import Project, install, start_project
 from tests.migrations.support import (
     WAITS_FOR_A_ROW,
     alembic,
@@ -154,6 +155,62 @@ def test_the_script_does_what_the_migration_does(
     done = psql(project.url, "\\set ON_ERROR_STOP on\n" + script)
     assert (done.returncode, done.stderr) == (0, "")
     assert installed(connection, schema) is None
+
+
+CONCURRENTLY = f"""
+from alembic import op
+
+revision = "99.0.0"
+down_revision = "{HEAD}"
+
+
+def upgrade() -> None:
+    schema = op.get_context().version_table_schema
+    columns = ["stream_name", "id"]
+    with op.get_context().autocommit_block():
+        op.create_index(
+            "ix_next", "checkpoints", columns, schema=schema, postgresql_concurrently=True
+        )
+
+
+def downgrade() -> None:
+    schema = op.get_context().version_table_schema
+    with op.get_context().autocommit_block():
+        op.drop_index("ix_next", "checkpoints", schema=schema, postgresql_concurrently=True)
+"""
+
+
+@pytest.mark.parametrize("options", ["", PER_MIGRATION], ids=["one_transaction", "per_migration"])
+def test_an_index_is_built_concurrently(
+    project: Project, connection: Connection, tmp_path: Path, options: str
+) -> None:
+    """By a revision of a newer package, which is not here yet."""
+    newer = install(tmp_path / "newer", CONCURRENTLY)
+    project.environment["PYTHONPATH"] = os.pathsep.join([str(newer), str(tmp_path)])
+    project.configure(options)
+    valid = text("SELECT bool_and(indisvalid) FROM pg_index WHERE indexrelid = to_regclass(:name)")
+
+    def built() -> bool | None:
+        found: bool | None = connection.scalar(valid, {"name": "checkpoints.ix_next"})
+        connection.rollback()
+        return found
+
+    written = project.write("base")
+    assert 'to="99.0.0"' in written.read_text()
+    project.alembic("upgrade", "head")
+    assert (built(), installed(connection)) == (True, "99.0.0")
+
+    def by_script(*arguments: str) -> None:
+        script = project.alembic(*arguments, "--sql")
+        done = psql(project.url, "\\set ON_ERROR_STOP on\n" + script)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    by_script("downgrade", f"{application_is_at(connection)}:-1")
+    assert (built(), installed(connection)) == (None, None)
+    by_script("upgrade", f"{application_is_at(connection)}:head")
+    assert (built(), installed(connection)) == (True, "99.0.0")
+    project.alembic("downgrade", "-1")
+    assert (built(), installed(connection)) == (None, None)
 
 
 def test_a_script_for_another_revision_stops_before_it_changes_anything(
