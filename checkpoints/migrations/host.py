@@ -140,13 +140,13 @@ def _start(context: MigrationContext, way: _Way) -> str:
         return str(way.from_)
     found = installed_revision(context.connection, schema=way.schema) or BASE
     if found == "unknown":
-        if way.from_ is None:
+        if way.from_ in {None, BASE}:
             raise MigrationRefused(
                 f"the schema {way.schema!r} has tables of checkpoints, but does not say of which "
                 "revision: give it as from_"
             )
-        context.execute(record(way.schema, None if way.from_ == BASE else way.from_))
-        return way.from_
+        context.execute(record(way.schema, way.from_))
+        return str(way.from_)
     if found not in revisions.known():
         raise MigrationRefused(
             f"the schema {way.schema!r} is at revision {found!r} of checkpoints, which this "

@@ -112,6 +112,12 @@ def prepared(context: MigrationContext, schema: str) -> Iterator[None]:
         # The transaction still is a good one; the lock and the settings would outlive it.
         context.execute(ddl(_END, lock=lock))
         raise
+    except BaseException:
+        # They must not live on in a pool, and the transaction takes no more statements. It will be
+        # rolled back by Alembic; one that is another's is left alone.
+        if context.connection is not None and context._transaction is not None:
+            context.connection.invalidate()
+        raise
     context.execute(ddl(_END, lock=lock))
 
 

@@ -53,6 +53,9 @@ config.set_main_option("sqlalchemy.url", os.environ["DATABASE_URL"].replace("%",
 _CONFIGURE = "connection=connection, target_metadata=target_metadata"
 _METADATA = "target_metadata = None"
 
+# The files of an application that has just begun, by template: they are the same each time.
+_STARTED: dict[str, dict[Path, str]] = {}
+
 
 @dataclass
 class Project:
@@ -149,8 +152,14 @@ def install(folder: Path, *revisions: str) -> Path:
 def start_project(folder: Path, url: URL, *, template: str = "generic") -> Project:
     """An application with two models, `alembic init`, and a first revision by autogenerate."""
     project = Project(folder, url)
-    (folder / "app.py").write_text(APP)
-    project.alembic("init", "-t", template, "migrations")
-    project.change(project.env, _METADATA, f"{_URL}\ntarget_metadata = app.metadata")
-    project.alembic("revision", "--autogenerate", "-m", "first")
+    if template not in _STARTED:
+        (folder / "app.py").write_text(APP)
+        project.alembic("init", "-t", template, "migrations")
+        project.change(project.env, _METADATA, f"{_URL}\ntarget_metadata = app.metadata")
+        project.alembic("revision", "--autogenerate", "-m", "first")
+        made = (file for file in folder.rglob("*") if file.suffix in {".py", ".ini", ".mako"})
+        _STARTED[template] = {file.relative_to(folder): file.read_text() for file in made}
+    for path, content in _STARTED[template].items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content)
     return project

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from alembic.operations import Operations
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import URL, Connection, text
+from sqlalchemy import URL, Connection, create_engine, text
+from sqlalchemy.exc import ProgrammingError
 
-from checkpoints import Checkpoints, MigrationRefused, migrations
+from checkpoints import Checkpoints, MigrationRefused, metadata, migrations
 from checkpoints.migrations.revisions import known
 from tests.migrations.catalogue import fingerprint
 from tests.migrations.projects import Project, install, start_project
@@ -26,6 +27,7 @@ from tests.migrations.support import (
     psql,
     upgrade,
 )
+from tests.support.databases import disposed
 from tests.support.factories import violations
 
 HEAD = migrations.head()
@@ -383,6 +385,42 @@ def test_the_roles_timeouts_do_not_cut_it_short_and_hold_again_afterwards(
     assert "locks 1\n" in output
     connection.rollback()
     assert connection.scalar(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'")) == 0
+
+
+def test_a_failure_leaves_no_lock_and_no_setting_in_a_pool(connection_only: Connection) -> None:
+    connection_only.execute(text("CREATE SCHEMA checkpoints"))
+    connection_only.execute(text("CREATE TYPE checkpoints.subscription_status AS ENUM ('mine')"))
+    connection_only.commit()
+    engine = create_engine(connection_only.engine.url, pool_size=1, max_overflow=0)
+    with disposed(engine):
+        with engine.connect() as connection:
+            context = MigrationContext.configure(connection)
+            with (
+                pytest.raises(ProgrammingError, match="already exists"),
+                context.begin_transaction(),
+            ):
+                migrations.upgrade(Operations(context), to=HEAD)
+        with engine.connect() as connection:
+            assert connection.scalar(text("SHOW lock_timeout")) == "0"
+            advisory = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'"
+            assert connection.scalar(text(advisory)) == 0
+
+
+def test_tables_of_which_nothing_is_recorded_need_from(connection_only: Connection) -> None:
+    metadata.create_all(connection_only)
+    connection_only.execute(text("COMMENT ON TYPE checkpoints.checkpoint_status IS NULL"))
+    connection_only.commit()
+
+    def run(from_: str | None) -> None:
+        context = MigrationContext.configure(connection_only)
+        with context.begin_transaction():
+            migrations.upgrade(Operations(context), to=HEAD, from_=from_)
+
+    for from_ in (None, "base"):
+        with pytest.raises(MigrationRefused, match="does not say of which revision"):
+            run(from_)
+    run(HEAD)
+    assert installed(connection_only) == HEAD
 
 
 def test_the_version_tables_schema_is_the_applications_again_afterwards(project: Project) -> None:
