@@ -13,6 +13,7 @@ import time
 from configparser import InterpolationError
 from logging.config import fileConfig
 
+from alembic.runtime.migration import MigrationContext, MigrationInfo
 from alembic.util import CommandError
 from sqlalchemy import DDL, URL, Connection, MetaData, create_engine, func, make_url, select, text
 from sqlalchemy.dialects import postgresql
@@ -160,7 +161,7 @@ def see_that_it_is_ours(connection: Connection) -> None:
         )
 
 
-def record(ctx, step, **_) -> None:  # type: ignore[no-untyped-def]
+def record(*, ctx: MigrationContext, step: MigrationInfo, **_: object) -> None:
     """Say in the database which revision the tables are of."""
     reached = [each for each in step.destination_revision_ids if each]
     name = f"{quoted_schema()}.checkpoint_status"

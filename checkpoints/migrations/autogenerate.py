@@ -35,7 +35,7 @@ def include_object(
     """For `context.configure(include_object=…)`: False for the tables of this package.
 
     Then autogenerate neither drops nor creates them, nor their columns, indexes and constraints;
-    it never looks at types, functions and triggers. `schema` is where they lie, by
+    Alembic itself never looks at types, functions and triggers. `schema` is where they lie, by
     `functools.partial(include_object, schema=…)` if it is another one; `public` may be the
     application's too. Call it with `and` in a hook of your own.
     """

@@ -29,10 +29,11 @@ BEGIN
   END IF;
   PERFORM set_config('checkpoints.saved_' || name, setting, false) FROM pg_settings WHERE name IN
     ('statement_timeout', 'transaction_timeout', 'idle_in_transaction_session_timeout',
-     'lock_timeout');
+     'lock_timeout', 'default_transaction_isolation');
   PERFORM set_config(name, '0', false) FROM pg_settings WHERE name IN
     ('statement_timeout', 'transaction_timeout', 'idle_in_transaction_session_timeout');
   PERFORM set_config('lock_timeout', '2s', false);
+  PERFORM set_config('default_transaction_isolation', 'read committed', false);
 END $$
 """
 
@@ -43,7 +44,7 @@ BEGIN
   PERFORM set_config(name, current_setting('checkpoints.saved_' || name), false)
     FROM pg_settings WHERE name IN
     ('statement_timeout', 'transaction_timeout', 'idle_in_transaction_session_timeout',
-     'lock_timeout');
+     'lock_timeout', 'default_transaction_isolation');
   PERFORM pg_advisory_xact_lock(hashtextextended(%(lock)s, 0));
   PERFORM pg_advisory_unlock(hashtextextended(%(lock)s, 0));
 END $$

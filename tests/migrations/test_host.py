@@ -356,22 +356,29 @@ def test_an_interrupted_migration_goes_on_when_it_is_run_again(
     assert violations(connection) == []
 
 
-def test_the_roles_timeouts_do_not_cut_it_short_and_hold_again_afterwards(
+def test_the_settings_of_a_role_do_not_matter_and_hold_again_afterwards(
     project: Project, connection: Connection
 ) -> None:
     first = known()[1]
     project.write("base", "--to", first)
     project.alembic("upgrade", "head")
     fill(connection, 22_000)
-    for setting in ("statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"):
+    settings = {
+        "statement_timeout": "150ms",
+        "lock_timeout": "150ms",
+        "idle_in_transaction_session_timeout": "150ms",
+        "default_transaction_isolation": "serializable",
+    }
+    for name, value in settings.items():
         connection.execute(
-            text(f"ALTER DATABASE \"{project.url.database}\" SET {setting} = '150ms'")
+            text(f"ALTER DATABASE \"{project.url.database}\" SET {name} = '{value}'")
         )
     connection.commit()
     written = project.write(first)
     call = f'upgrade(op, from_="{first}", to="{HEAD}", schema="checkpoints")'
     queries = {
         "timeouts": "SELECT count(*) FROM pg_settings WHERE setting = '150'",
+        "isolation": "SHOW default_transaction_isolation",
         "locks": "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory'",
     }
     shown = [
@@ -381,6 +388,7 @@ def test_the_roles_timeouts_do_not_cut_it_short_and_hold_again_afterwards(
     project.change(written, call, "\n".join([call, *shown]))
     output = project.alembic("upgrade", "head")
     assert "timeouts 3\n" in output
+    assert "isolation serializable\n" in output
     # The next migration waits until this one is committed.
     assert "locks 1\n" in output
     connection.rollback()
