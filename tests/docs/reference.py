@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Column, Computed, Enum, Index, Table, UniqueConstraint, make_url
 
 import checkpoints
-from checkpoints import errors, records, runtime, statements
+from checkpoints import errors, migrations, records, runtime, statements
 from checkpoints.runtime import telemetry
 from checkpoints.runtime._recording import RecorderSettings
 from checkpoints.tables import metadata
@@ -330,12 +330,27 @@ def of_promises() -> str:
     return "\n".join(lines)
 
 
+def of_migrations() -> str:
+    """The functions of `checkpoints.migrations`."""
+    parts: list[str] = []
+    for name in migrations.__all__:
+        function = getattr(migrations, name)
+        answer = str(inspect.signature(function).return_annotation)
+        parts += [
+            f"## `{name}`",
+            f"```text\n{signature(name, function, answer)}\n```",
+            prose(function),
+        ]
+    return "\n\n".join(parts)
+
+
 GENERATED: dict[str, Callable[[], str]] = {
     "docs/explanation/faults.md": of_promises,
     "docs/reference/statements.md": of_statements,
     "docs/reference/executing.md": of_methods,
     "docs/reference/records.md": of_records,
     "docs/reference/runtime.md": of_runtime,
+    "docs/reference/migrations.md": of_migrations,
     "docs/reference/errors.md": of_errors,
     "docs/reference/tables.md": of_tables,
 }
