@@ -52,6 +52,11 @@ myst_heading_anchors = 4
 
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
+autodoc_type_aliases = {
+    "JSONValue": "checkpoints.JSONValue",
+    "Handler": "checkpoints.runtime.Handler",
+    "AsyncHandler": "checkpoints.runtime.AsyncHandler",
+}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 maximum_signature_line_length = 88
@@ -92,7 +97,7 @@ def for_the_site(page: str, text: str) -> str:
     )
     text = re.sub(r"^<!-- site\n(.*?)^-->$", r"\1", text, flags=re.S | re.M)
     # What lies elsewhere in the repository has another place here, or is only named.
-    text = re.sub(r"\]\(((?:\.\./)*)\.\./README\.md\)", r"](\1index.md)", text)
+    text = re.sub(r"\]\(((?:\.\./)*)\.\./README\.md\)", r"](\1quickstart.md)", text)
     text = re.sub(r"\]\(((?:\.\./)*)\.\./CHANGELOG\.md\)", r"](\1changelog.md)", text)
     text = re.sub(r"\]\(((?:\.\./)*examples/)(\w+)\.py\)", r"](\1index.md#\2py)", text)
     return re.sub(r"\[([^\]]+)\]\((?:\.\./)+(tests/[\w/]+\.md)\)", r"`\2`", text)
@@ -101,7 +106,8 @@ def for_the_site(page: str, text: str) -> str:
 def _included(page: Path, target: str) -> str:
     """A file of the repository without its title, its links as from the page."""
     text = (page.parent / target).read_text().partition("\n")[2]
-    return text.replace("](docs/", "](")
+    text = text.replace("](docs/", "](").replace("](CHANGELOG.md)", "](changelog.md)")
+    return text.replace("](LICENSE)", "](../LICENSE)")
 
 
 def _read(_app: Any, page: str, source: list[str]) -> None:
@@ -124,11 +130,26 @@ def _docstring(
 
 
 def _signature(
-    _app: Any, _what: str, _name: str, _object: Any, _options: Any, given: str, answer: str
+    _app: Any,
+    _what: str,
+    _name: str,
+    _object: Any,
+    _options: Any,
+    given: str | None,
+    answer: str | None,
 ) -> tuple[str, str] | None:
-    """A method of the executing layer answers what its `Call` makes of the rows."""
-    called = re.fullmatch(r"~?checkpoints\._calls\.Call\[(.*)\]", answer or "")
-    return (given, called[1]) if called else None
+    """A method of the executing layer answers what its `Call` makes of the rows.
+
+    Within a type that has parameters, autodoc writes an alias as the object that it stands in for.
+    """
+    if given is None:
+        return None
+    given, answer = (
+        re.sub(r"(?:~?[\w.]+\.)?TypeAliasForwardRef\('([\w.]+)'\)", r"~\1", text or "")
+        for text in (given, answer)
+    )
+    called = re.fullmatch(r"~?checkpoints\._calls\.Call\[(.*)\]", answer)
+    return given, called[1] if called else answer
 
 
 def setup(app: Any) -> dict[str, bool]:

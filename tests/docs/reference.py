@@ -284,6 +284,49 @@ def of_module(module: Any) -> str:
     return "\n\n".join(parts)
 
 
+def _shown(value: object) -> str:
+    """A default, durations in the unit that they are said in."""
+    if isinstance(value, timedelta):
+        seconds = value.total_seconds()
+        for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
+            if seconds >= size:
+                return f"{seconds / size:g} {unit}"
+        return f"{seconds * 1000:g} ms"
+    return f"`{_default(value)}`"
+
+
+def of_settings() -> str:
+    """The arguments of consumers and recorders: name, type, default, and what the docstring says."""
+    parts: list[str] = []
+    for heading, settings in (
+        ("Of a consumer", runtime.ConsumerSettings),
+        ("Of its retries", runtime.RetryPolicy),
+        ("Of a recorder", RecorderSettings),
+        ("Of a recorder's interest", runtime.Interest),
+    ):
+        described: Any = settings
+        meanings = {
+            name: " ".join(what.split())
+            for name, what in re.findall(
+                r"^- `(\w+)`: (.*?)(?=^- |\Z)", inspect.getdoc(settings) or "", re.M | re.S
+            )
+        }
+        head = ["setting", "type", "default", *(["meaning"] if meanings else [])]
+        lines = [_row(*head), _row(*["---"] * len(head))]
+        for field in fields(described):
+            if field.default is MISSING and field.default_factory is MISSING:
+                default = "needed"
+            elif field.default_factory is not MISSING:
+                default = _shown(field.default_factory())
+            else:
+                default = _shown(field.default)
+            cells = [f"`{field.name}`", f"`{field.type}`".replace("|", "\\|"), default]
+            lines.append(_row(*cells, *([meanings.get(field.name, "")] if meanings else [])))
+        text = [] if meanings else [prose(settings)]
+        parts += [f"## {heading}", *text, "\n".join(lines)]
+    return "\n\n".join(parts)
+
+
 def of_errors() -> str:
     """Each error, with its root."""
     parts: list[str] = []
@@ -370,6 +413,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "docs/reference/records.md": of_records,
     "docs/reference/runtime.md": of_runtime,
     "docs/reference/errors.md": of_errors,
+    "docs/reference/settings.md": of_settings,
     "docs/reference/tables.md": of_tables,
     "docs/reference/migrations.md": lambda: of_module(migrations),
     "docs/reference/embedded.md": lambda: of_module(embedded),
