@@ -296,7 +296,7 @@ def _shown(value: object) -> str:
 
 
 def of_settings() -> str:
-    """The arguments of consumers and recorders: name, type, default, and what the docstring says."""
+    """The arguments of consumers and recorders, with what the docstrings say of them."""
     parts: list[str] = []
     for heading, settings in (
         ("Of a consumer", runtime.ConsumerSettings),
