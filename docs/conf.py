@@ -44,7 +44,7 @@ nitpick_ignore_regex = [
     # Imported for the type checker only.
     (r"py:.*", r"AsyncConnection|AsyncEngine|AsyncSession"),
     # Names for the type checker: the pages say in words what they hold.
-    (r"py:.*", r"(checkpoints\.runtime\.settings\.)?(ConsumerOptions|_Answer_co|AsyncRead|Read)"),
+    (r"py:.*", r"(checkpoints\.[\w.]+\.)?(ConsumerOptions|_Answer_co|AsyncRead|Read|Op)"),
 ]
 
 myst_enable_extensions = ["colon_fence"]

@@ -295,6 +295,14 @@ def _shown(value: object) -> str:
     return f"`{_default(value)}`"
 
 
+# What the docstrings of the settings leave to those of the classes.
+_MEANINGS = {
+    "group": "The name of the group that it works for.",
+    "interests": "What each subscription follows; see below.",
+    "read": "What reads the messages, such as a `MessageTable`.",
+}
+
+
 def of_settings() -> str:
     """The arguments of consumers and recorders, with what the docstrings say of them."""
     parts: list[str] = []
@@ -321,7 +329,10 @@ def of_settings() -> str:
             else:
                 default = _shown(field.default)
             cells = [f"`{field.name}`", f"`{field.type}`".replace("|", "\\|"), default]
-            lines.append(_row(*cells, *([meanings.get(field.name, "")] if meanings else [])))
+            if meanings:
+                meaning = meanings.get(field.name) or _MEANINGS[field.name]
+                cells.append(f"{meaning[0].upper()}{meaning[1:]}")
+            lines.append(_row(*cells))
         text = [] if meanings else [prose(settings)]
         parts += [f"## {heading}", *text, "\n".join(lines)]
     return "\n\n".join(parts)
