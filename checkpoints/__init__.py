@@ -2,11 +2,13 @@
 
 from checkpoints.errors import (
     CheckpointsError,
+    MigrationRefused,
     ReservationLost,
     SchemaNotMigrated,
     SubscriptionExists,
     SubscriptionRunning,
     UnknownSubscription,
+    WrongSchemaRevision,
 )
 from checkpoints.executing import (
     AsyncCheckpoints,
@@ -70,6 +72,7 @@ from checkpoints.statements import (
     skip_checkpoints,
     update_checkpoint_position,
 )
+from checkpoints.tables import metadata
 
 __all__ = [
     "TOTAL_LIMIT",
@@ -86,6 +89,7 @@ __all__ = [
     "ListedCheckpoint",
     "ListedReservation",
     "LockedCheckpoint",
+    "MigrationRefused",
     "RecordedCheckpoint",
     "ReplayMode",
     "Reservation",
@@ -97,6 +101,7 @@ __all__ = [
     "SubscriptionRunning",
     "SubscriptionStatus",
     "UnknownSubscription",
+    "WrongSchemaRevision",
     "add_or_update_subscription",
     "advance_lagging_subscription_checkpoints",
     "alembic_config",
@@ -115,6 +120,7 @@ __all__ = [
     "list_reservations",
     "list_retries",
     "lock_checkpoint",
+    "metadata",
     "move_subscription",
     "pause_subscription",
     "record_checkpoint_error",

@@ -14,6 +14,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,13 @@ RUN = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[demo]' && .venv/b
 TESTS = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/pytest -n 2"
 
 # These pages make the schema themselves; the others find it.
-ON_AN_EMPTY_DATABASE = {"README.md", "docs/how-to/migrate.md", "docs/tutorial.md"}
+IN_AN_APPLICATION = "docs/how-to/add-to-an-existing-application.md"
+ON_AN_EMPTY_DATABASE = {
+    "README.md",
+    "docs/how-to/migrate.md",
+    "docs/tutorial.md",
+    IN_AN_APPLICATION,
+}
 # In these, a block of text after one that prints is what it prints.
 WITH_OUTPUT = {"docs/tutorial.md", "docs/how-to/monitor.md"}
 # Their SQL has the placeholders of the driver.
@@ -87,11 +94,11 @@ def run_sql(url: URL, source: str) -> None:
         cursor.close()
 
 
-def run_shell(source: str) -> None:
-    """Run commands in the root of the clone."""
+def run_shell(source: str, folder: Path) -> None:
+    """Run commands in a folder."""
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", source],
-        cwd=ROOT,
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -112,7 +119,7 @@ def run_python(page: str, example: Example) -> None:
         assert str(following.parsed) == printed.getvalue(), f"{page}, line {following.line}"
 
 
-def run_example(url: URL, page: str, example: Example) -> None:
+def run_example(url: URL, page: str, folder: Path, example: Example) -> None:
     """Run a code block, as its language has it."""
     source: str = str(example.parsed)
     match language(example):
@@ -120,7 +127,7 @@ def run_example(url: URL, page: str, example: Example) -> None:
             run_python(page, example)
         case "sh":
             if source.strip() not in {RUN, TESTS}:
-                run_shell(source)
+                run_shell(source, folder)
         case "sql":
             if page not in RENDERINGS:
                 run_sql(url, source)
@@ -169,10 +176,13 @@ def violations(url: URL) -> list[Any]:
     ("environment", "page"), [(p, p) for p in PAGES], indirect=["environment"], ids=PAGES
 )
 @pytest.mark.usefixtures("role")
-def test_examples_run(environment: URL, page: str) -> None:
+def test_examples_run(environment: URL, page: str, tmp_path: Path) -> None:
     namespace: dict[str, Any] = {}
+    # In the root of the clone, but for the page that makes an application.
+    folder = tmp_path if page == IN_AN_APPLICATION else ROOT
+    run = partial(run_example, environment, page, folder)
     try:
-        for example in examples(ROOT / page, lambda given: run_example(environment, page, given)):
+        for example in examples(ROOT / page, run):
             namespace = example.namespace
             example.evaluate()
     finally:
