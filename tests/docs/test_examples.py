@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import io
+import json
 import os
 import re
 import signal
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from sqlalchemy import URL, Engine, create_engine, func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -37,7 +40,14 @@ TESTS = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/
 
 # These pages make the schema themselves; the others find it.
 IN_AN_APPLICATION = "docs/how-to/add-to-an-existing-application.md"
-ON_AN_EMPTY_DATABASE = {"README.md", "docs/how-to/migrate.md", IN_AN_APPLICATION}
+ON_AN_EMPTY_DATABASE = {
+    "README.md",
+    "docs/how-to/migrate.md",
+    "docs/tutorial.md",
+    IN_AN_APPLICATION,
+}
+# In these, a block of text after one that prints is what it prints.
+WITH_OUTPUT = {"docs/tutorial.md", "docs/how-to/monitor.md"}
 # Their SQL has the placeholders of the driver.
 RENDERINGS = {"docs/reference/statements.md"}
 # Roles belong to the server: this page does not make the one that it grants something.
@@ -97,12 +107,24 @@ def run_shell(source: str, folder: Path) -> None:
     assert done.returncode == 0, f"{source}\n{done.stdout}"
 
 
+def run_python(page: str, example: Example) -> None:
+    """Run a block; what it prints must stand in the next one, on pages that show it."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        PythonEvaluator()(example)
+    if page in WITH_OUTPUT and printed.getvalue():
+        blocks = list(examples(ROOT / page, lambda _: None))
+        following = blocks[[block.line for block in blocks].index(example.line) + 1]
+        assert language(following) == "text"
+        assert str(following.parsed) == printed.getvalue(), f"{page}, line {following.line}"
+
+
 def run_example(url: URL, page: str, folder: Path, example: Example) -> None:
     """Run a code block, as its language has it."""
     source: str = str(example.parsed)
     match language(example):
         case "python":
-            PythonEvaluator()(example)
+            run_python(page, example)
         case "sh":
             if source.strip() not in {RUN, TESTS}:
                 run_shell(source, folder)
@@ -113,10 +135,24 @@ def run_example(url: URL, page: str, folder: Path, example: Example) -> None:
             configparser.ConfigParser(interpolation=None).read_string(source)
         case "toml":
             tomllib.loads(source)
-        case "text" | "mermaid":
+        case "yaml":
+            assert all(yaml.safe_load_all(source))
+        case "dockerfile":
+            check_dockerfile(source)
+        case "text":
+            pass
+        case directive if directive.startswith("{"):
+            # For the site only, which .ci/run builds.
             pass
         case other:
             pytest.fail(f"{page}, line {example.line}: no tests know how to run {other!r}")
+
+
+def check_dockerfile(source: str) -> None:
+    """There is no daemon to build it; but signals reach the process of an exec form only."""
+    instructions = dict(line.split(" ", 1) for line in source.splitlines() if line)
+    assert set(instructions) <= {"FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER", "CMD"}
+    assert json.loads(instructions["CMD"])
 
 
 def dispose(value: object) -> None:
@@ -155,9 +191,13 @@ def test_examples_run(environment: URL, page: str, tmp_path: Path) -> None:
     assert violations(environment) == []
 
 
-@pytest.mark.parametrize("environment", ["README.md"], indirect=True)
-def test_the_quickstart_is_one_file(environment: URL, tmp_path: Path) -> None:
-    blocks = examples(ROOT / "README.md", lambda _: None)
+@pytest.mark.parametrize(
+    ("environment", "page"),
+    [(page, page) for page in ("README.md", "docs/tutorial.md")],
+    indirect=["environment"],
+)
+def test_the_page_is_one_file(environment: URL, page: str, tmp_path: Path) -> None:
+    blocks = examples(ROOT / page, lambda _: None)
     parts = [str(block.parsed) for block in blocks if language(block) == "python"]
     assert len(parts) > 1
     file = tmp_path / "quickstart.py"
