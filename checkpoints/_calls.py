@@ -39,6 +39,7 @@ from checkpoints.records import (
     SubscriptionMetrics,
     SubscriptionStatus,
 )
+from checkpoints.statements import _template as template
 
 T = TypeVar("T")
 Rows = Sequence[Row[*tuple[Any, ...]]]
@@ -50,6 +51,11 @@ class Call(Generic[T]):
 
     statement: Select[*tuple[Any, ...]]
     answer: Callable[[Rows], T]
+
+    @property
+    def parts(self) -> tuple[Select[*tuple[Any, ...]], dict[str, Any]]:
+        """The statement as it is executed fastest: its template, and the values apart."""
+        return template.parts(self.statement)
 
 
 def _ids(rows: Rows) -> list[int]:

@@ -65,7 +65,7 @@ def _blocking(call: Callable[P, Call[T]]) -> Callable[Concatenate[Checkpoints, P
     def method(self: Checkpoints, /, *args: P.args, **kwargs: P.kwargs) -> T:
         called = call(*args, **kwargs)
         try:
-            rows = self._connection.execute(called.statement).all()
+            rows = self._connection.execute(*called.parts).all()
         except DBAPIError as error:
             raise _translated(error) from error.orig
         return called.answer(rows)
@@ -82,7 +82,7 @@ def _awaitable(
     async def method(self: AsyncCheckpoints, /, *args: P.args, **kwargs: P.kwargs) -> T:
         called = call(*args, **kwargs)
         try:
-            result = await self._connection.execute(called.statement)
+            result = await self._connection.execute(*called.parts)
         except DBAPIError as error:
             raise _translated(error) from error.orig
         return called.answer(result.all())

@@ -36,6 +36,12 @@ _FEW = 16
 # So many rows are looked through there, besides two for each that is wanted: others may hold them.
 _AT_HEAD = 32
 
+# Short names, in the text too: psycopg remembers where the parameters of a text of at most 4,096
+# characters are, and looks through a longer one each time.
+main = checkpoints.alias("main")
+subscription = subscriptions.alias("subscription")
+_group = subscription_groups.alias("owner")
+
 _ONE: ColumnElement[int] = literal_column("1", Integer())
 
 
@@ -44,7 +50,7 @@ def claim(
     due_at: Column[datetime],
     *conditions: ColumnElement[bool],
     is_served: tuple[ColumnElement[bool], ...] = (),
-    since: ColumnElement[datetime] = template.LONG_AGO,
+    since: ColumnElement[datetime | None] | None = None,
     looks_at_head: bool = False,
 ) -> CTE:
     """Lock checkpoints of a group that are due in a hot table, the oldest first, waiting for none.
@@ -61,24 +67,26 @@ def claim(
     Args:
         prefix: What the names of parameters and CTEs begin with.
         due_at: The hot table's time.
-        conditions: What the main row must be.
-        is_served: What a subscription of the group must be.
-        since: What was due before is not looked for.
+        conditions: What the main row, `main`, must be.
+        is_served: What a `subscription` of the group must be.
+        since: What was due before is not looked for; null: all is. It needs `looks_at_head`.
         looks_at_head: Whether a group of many subscriptions is looked for at the head first.
     """
+    due_at = due_at.table.alias("hot").c[due_at.name]
     served = (
-        select(subscriptions.c.id)
-        .join(
-            subscription_groups, subscription_groups.c.id == subscriptions.c.subscription_group_id
-        )
-        .where(subscription_groups.c.name == template.string(f"{prefix}_group_name"), *is_served)
+        select(subscription.c.id)
+        .join(_group, _group.c.id == subscription.c.subscription_group_id)
+        .where(_group.c.name == template.string(f"{prefix}_group_name"), *is_served)
+        # Once in the text, and planned anew wherever it is named.
+        .cte(f"{prefix}_served")
+        .prefix_with("NOT MATERIALIZED")
     )
     limit = template.integer(f"{prefix}_limit")
     found: Select[int] | CompoundSelect[int]
-    if looks_at_head:
+    if looks_at_head and since is not None:
         found = _found_at_head_first(prefix, due_at, conditions, served, since, limit)
     else:
-        found = _found_by_subscription(due_at, conditions, served, since, limit)
+        found = _found_by_subscription(due_at, conditions, served, template.LONG_AGO, limit)
     either = found.subquery("found")
     return template.materialized(select(either.c.id).limit(limit), f"{prefix}_claimed")
 
@@ -86,22 +94,21 @@ def claim(
 def _found_by_subscription(
     due_at: Column[datetime],
     conditions: tuple[ColumnElement[bool], ...],
-    served: Select[int],
+    served: CTE,
     since: ColumnElement[datetime],
     limit: ColumnElement[int],
 ) -> Select[int]:
     """Lock the due rows of the subscription that has the oldest, then of the next."""
     now = template.statement_time()
-    asked = served.subquery("served")
     oldest = (
-        template.oldest_of_subscription(due_at, asked.c.id, since=since, until=now)
+        template.oldest_of_subscription(due_at, served.c.id, since=since, until=now)
         .with_only_columns(due_at.label("due_at"))
         .limit(_ONE)
         .lateral("oldest")
     )
     waiting = (
-        select(asked.c.id)
-        .select_from(asked.join(oldest, true()))
+        select(served.c.id)
+        .select_from(served.join(oldest, true()))
         .order_by(oldest.c.due_at)
         .subquery("waiting")
     )
@@ -120,20 +127,24 @@ def _found_at_head_first(
     prefix: str,
     due_at: Column[datetime],
     conditions: tuple[ColumnElement[bool], ...],
-    served: Select[int],
-    since: ColumnElement[datetime],
+    served: CTE,
+    due_since: ColumnElement[datetime | None],
     limit: ColumnElement[int],
 ) -> CompoundSelect[int]:
     """Lock those of the group that are among the oldest of all; ask by subscription for more."""
     hot = due_at.table
-    counted = served.limit(literal_column(str(_FEW + 1), Integer())).subquery("counted")
-    size = template.materialized(
-        select(
-            (func.count() > literal_column(str(_FEW), BigInteger())).label("has_many")
-        ).select_from(counted),
-        f"{prefix}_size",
+    counted = (
+        select(served.c.id).limit(literal_column(str(_FEW + 1), Integer())).subquery("counted")
     )
-    has_many = select(size.c.has_many).scalar_subquery()
+    asked = template.materialized(
+        select(
+            (func.count() > literal_column(str(_FEW), BigInteger())).label("has_many"),
+            func.coalesce(due_since, template.LONG_AGO).label("since"),
+        ).select_from(counted),
+        f"{prefix}_asked",
+    )
+    has_many = select(asked.c.has_many).scalar_subquery()
+    since: ColumnElement[datetime] = select(asked.c.since).scalar_subquery()
     depth = literal_column(str(_AT_HEAD), Integer()) + literal_column("2", Integer()) * limit
     head = template.materialized(
         select(hot.c.id, hot.c.subscription_id)
@@ -144,7 +155,8 @@ def _found_at_head_first(
     )
     # OFFSET 0: one look-up for each of a few rows, in their order, not a join.
     own = (
-        served.where(subscriptions.c.id == head.c.subscription_id)
+        select(served.c.id)
+        .where(served.c.id == head.c.subscription_id)
         .offset(literal_column("0", Integer()))
         .lateral("own")
     )
@@ -160,12 +172,8 @@ def _locked(
     due: FromClause, subscription_id: ColumnElement[int], conditions: tuple[Any, ...]
 ) -> FromClause:
     return (
-        select(checkpoints.c.id)
-        .where(
-            checkpoints.c.id == due.c.id,
-            checkpoints.c.subscription_id == subscription_id,
-            *conditions,
-        )
-        .with_for_update(of=checkpoints, key_share=True, skip_locked=True)
+        select(main.c.id)
+        .where(main.c.id == due.c.id, main.c.subscription_id == subscription_id, *conditions)
+        .with_for_update(of=main, key_share=True, skip_locked=True)
         .lateral("locked")
     )

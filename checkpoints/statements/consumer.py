@@ -15,11 +15,14 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
+    FromClause,
     Integer,
     Select,
+    Text,
     and_,
     any_,
     case,
+    cast,
     column,
     func,
     literal_column,
@@ -29,19 +32,18 @@ from sqlalchemy import (
     true,
     type_coerce,
 )
-from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
+from sqlalchemy.dialects.postgresql import INTERVAL
 from sqlalchemy.sql.expression import bindparam
 
 from checkpoints import _arguments as arguments
 from checkpoints.records import CheckpointStatus, JSONValue, PositionUpdate, ReplayMode
 from checkpoints.statements import _template as template
-from checkpoints.statements._claiming import claim
+from checkpoints.statements._claiming import claim, main, subscription
 from checkpoints.tables import (
     checkpoint_status,
     checkpoints,
     checkpoints_ready,
     subscription_groups,
-    subscription_status,
     subscriptions,
 )
 
@@ -84,13 +86,14 @@ def reserve_next_available_checkpoint(
     or others hold it, or there is no such group. Locks what it claims until the transaction ends,
     and what another took at the very same moment; never waits for a lock.
     """
-    return _reserve().params(
+    return template.bind(
+        _reserve(),
         reserve_group_name=arguments.name("group_name", group_name),
         reserve_timeout=arguments.timeout("reservation_timeout", reservation_timeout),
-        reserve_subscription_statuses=arguments.member(
+        reserve_statuses=arguments.member(
             "replay_mode", replay_mode, ReplayMode
         ).subscription_statuses,
-        reserve_subscription_names=_names(subscription_names),
+        reserve_names=_names(subscription_names),
         reserve_due_since=None if due_since is None else arguments.moment("due_since", due_since),
         reserve_limit=arguments.limit("limit", limit),
     )
@@ -102,13 +105,13 @@ def _names(subscription_names: Iterable[str] | None) -> list[str] | None:
     return arguments.names("subscription_names", subscription_names)
 
 
-def _is_served(prefix: str) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+def _is_served(prefix: str, served: FromClause) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
     """That a subscription has one of the statuses and, where names are given, one of those."""
-    names = template.strings(f"{prefix}_subscription_names")
-    statuses = bindparam(f"{prefix}_subscription_statuses", type_=ARRAY(subscription_status))
+    names = template.strings(f"{prefix}_names")
+    statuses = template.strings(f"{prefix}_statuses")
     return (
-        subscriptions.c.status == any_(statuses),
-        or_(names.is_(None), subscriptions.c.name == any_(names)),
+        cast(served.c.status, Text) == any_(statuses),
+        or_(names.is_(None), served.c.name == any_(names)),
     )
 
 
@@ -119,26 +122,26 @@ def _reserve() -> Select[
     claimed = claim(
         "reserve",
         checkpoints_ready.c.process_at,
-        checkpoints.c.process_at <= template.statement_time(),
-        checkpoints.c.reserved_until.is_(None),
-        is_served=_is_served("reserve"),
-        since=func.coalesce(template.timestamp("reserve_due_since"), template.LONG_AGO),
+        main.c.process_at <= template.statement_time(),
+        main.c.reserved_until.is_(None),
+        is_served=_is_served("reserve", subscription),
+        since=template.timestamp("reserve_due_since"),
         looks_at_head=True,
     )
     reserved = (
-        template.update_checkpoints()
-        .where(template.is_one_of(claimed))
+        template.update_checkpoints(main)
+        .where(template.is_one_of(claimed, main))
         .values(reserved_until=template.statement_time() + template.duration("reserve_timeout"))
         .returning(
-            checkpoints.c.id,
-            checkpoints.c.subscription_id,
-            checkpoints.c.stream_name,
-            checkpoints.c.stream_position,
-            checkpoints.c.stream_version,
-            checkpoints.c.retry_attempts,
-            checkpoints.c.status,
-            checkpoints.c.process_at,
-            checkpoints.c.reserved_until,
+            main.c.id,
+            main.c.subscription_id,
+            main.c.stream_name,
+            main.c.stream_position,
+            main.c.stream_version,
+            main.c.retry_attempts,
+            main.c.status,
+            main.c.process_at,
+            main.c.reserved_until,
         )
         .cte("reserved")
     )
@@ -146,17 +149,17 @@ def _reserve() -> Select[
         select(
             reserved.c.id,
             reserved.c.subscription_id,
-            subscriptions.c.name.label("subscription_name"),
+            subscription.c.name.label("subscription_name"),
             reserved.c.stream_name,
             reserved.c.stream_position,
             reserved.c.stream_version,
             reserved.c.retry_attempts,
             reserved.c.status,
-            subscriptions.c.replay_target_position,
+            subscription.c.replay_target_position,
             reserved.c.reserved_until,
             reserved.c.process_at,
         )
-        .join(subscriptions, subscriptions.c.id == reserved.c.subscription_id)
+        .join(subscription, subscription.c.id == reserved.c.subscription_id)
         .order_by(reserved.c.process_at, reserved.c.id)
     )
 
@@ -174,12 +177,13 @@ def get_next_process_at(
     Rows: id, process_at, due_in (from now, by the database's clock; negative: it is due, and
     others hold it). No row: nothing is ready.
     """
-    return _next_process_at().params(
+    return template.bind(
+        _next_process_at(),
         next_group_name=arguments.name("group_name", group_name),
-        next_subscription_statuses=arguments.member(
+        next_statuses=arguments.member(
             "replay_mode", replay_mode, ReplayMode
         ).subscription_statuses,
-        next_subscription_names=_names(subscription_names),
+        next_names=_names(subscription_names),
     )
 
 
@@ -205,7 +209,8 @@ def _next_process_at() -> Select[int, datetime, timedelta]:
         )
         .join(oldest, true())
         .where(
-            subscription_groups.c.name == template.string("next_group_name"), *_is_served("next")
+            subscription_groups.c.name == template.string("next_group_name"),
+            *_is_served("next", subscriptions),
         )
         .order_by(oldest.c.process_at)
         .limit(literal_column("1", Integer()))
@@ -243,7 +248,8 @@ def update_checkpoint_position(
     Rows: id, stream_version, stream_position. No row: the reservation is lost. Locks the
     checkpoint.
     """
-    return _update().params(
+    return template.bind(
+        _update(),
         **_held("update", id, reserved_until),
         update_stream_position=arguments.position("stream_position", stream_position),
         **template.due_values("update", process_at),
@@ -304,7 +310,8 @@ def update_checkpoint_positions(updates: Iterable[PositionUpdate]) -> Select[int
             )
         seen.add(position.id)
     dues = [template.due(position.process_at) for position in given]
-    return _update_many().params(
+    return template.bind(
+        _update_many(),
         update_many_ids=[position.id for position in given],
         update_many_reserved_until=[position.reserved_until for position in given],
         update_many_stream_positions=[position.stream_position for position in given],
@@ -390,7 +397,8 @@ def record_checkpoint_error(
         )
     if status is CheckpointStatus.FAILED and process_at is not None:
         raise ValueError(f"process_at must be None when status is 'failed', not {process_at!r}")
-    return _record_error().params(
+    return template.bind(
+        _record_error(),
         **_held("error", id, reserved_until),
         error_stream_position=arguments.position("stream_position", stream_position),
         error_status=status,
@@ -434,8 +442,8 @@ def release_checkpoint_reservation(id: int, reserved_until: datetime | None = No
     checkpoint.
     """
     if reserved_until is None:
-        return _release_any().params(release_any_id=arguments.identifier("id", id))
-    return _release().params(**_held("release", id, reserved_until))
+        return template.bind(_release_any(), release_any_id=arguments.identifier("id", id))
+    return template.bind(_release(), **_held("release", id, reserved_until))
 
 
 @cache
@@ -475,7 +483,8 @@ def extend_checkpoint_reservation(
     Rows: id, reserved_until, which is the new token; the old one is gone. No row: the reservation
     is lost. Locks the checkpoint.
     """
-    return _extend().params(
+    return template.bind(
+        _extend(),
         **_held("extend", id, reserved_until),
         extend_timeout=arguments.timeout("reservation_timeout", reservation_timeout),
     )

@@ -79,7 +79,7 @@ def list_reservations(
     Rows: id, group_name, name (of the subscription), stream_name, stream_position, reserved_until,
     total_results (of all pages, at most `TOTAL_LIMIT`).
     """
-    return _list_reservations().params(_page("reservations", search, offset, limit))
+    return template.bind(_list_reservations(), **_page("reservations", search, offset, limit))
 
 
 def list_lagging(*, search: str | None = None, offset: int = 0, limit: int = 25) -> ListedSelect:
@@ -89,7 +89,7 @@ def list_lagging(*, search: str | None = None, offset: int = 0, limit: int = 25)
     `limit` and total_results are as of `list_reservations`; the other columns are those of
     `list_failed`.
     """
-    return _list_lagging().params(_page("lagging", search, offset, limit))
+    return template.bind(_list_lagging(), **_page("lagging", search, offset, limit))
 
 
 def list_retries(*, search: str | None = None, offset: int = 0, limit: int = 25) -> ListedSelect:
@@ -98,7 +98,7 @@ def list_retries(*, search: str | None = None, offset: int = 0, limit: int = 25)
     `search`, `offset`, `limit` and total_results are as of `list_reservations`; the other columns
     are those of `list_failed`.
     """
-    return _list_retries().params(_page("retries", search, offset, limit))
+    return template.bind(_list_retries(), **_page("retries", search, offset, limit))
 
 
 def list_failed(*, search: str | None = None, offset: int = 0, limit: int = 25) -> ListedSelect:
@@ -110,7 +110,7 @@ def list_failed(*, search: str | None = None, offset: int = 0, limit: int = 25) 
     status, retry_attempts, retries (the errors, oldest first; None: none), process_at,
     reserved_until, updated_at, total_results.
     """
-    return _list_failed().params(_page("failed", search, offset, limit))
+    return template.bind(_list_failed(), **_page("failed", search, offset, limit))
 
 
 def _page(prefix: str, search: str | None, offset: int, limit: int) -> dict[str, Any]:
@@ -264,7 +264,7 @@ def get_checkpoint(
     stream_name, stream_version, stream_position, status, retry_attempts, retries, process_at,
     reserved_until, created_at, updated_at. No row: there is no such checkpoint.
     """
-    return _get_checkpoint().params(get_checkpoint_id=arguments.identifier("id", id))
+    return template.bind(_get_checkpoint(), get_checkpoint_id=arguments.identifier("id", id))
 
 
 @cache
@@ -385,7 +385,7 @@ def skip_checkpoints(ids: Iterable[int]) -> Select[int]:
     Rows: id of each that changed; none for one that had nothing to skip and nothing to clear.
     Locks them in the common order and waits.
     """
-    return _skip().params(skip_ids=arguments.identifiers("ids", ids))
+    return template.bind(_skip(), skip_ids=arguments.identifiers("ids", ids))
 
 
 @cache
@@ -435,7 +435,8 @@ def schedule_checkpoints(ids: Iterable[int], process_at: datetime | timedelta) -
 
     Rows: id of each that was scheduled. Locks them in the common order and waits.
     """
-    return _schedule().params(
+    return template.bind(
+        _schedule(),
         schedule_ids=arguments.identifiers("ids", ids),
         **template.due_values("schedule", process_at),
     )

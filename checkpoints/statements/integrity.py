@@ -123,7 +123,7 @@ def repair_checkpoints(*, limit: int = 1000) -> Select[int, list[str]]:
     Rows: id, violations (the list of what was mended). No row: all is well. Reads all of the three
     tables; locks what it mends in the common order and waits.
     """
-    return _repair().params(repair_limit=arguments.limit("limit", limit))
+    return template.bind(_repair(), repair_limit=arguments.limit("limit", limit))
 
 
 @cache

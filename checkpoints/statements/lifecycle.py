@@ -80,7 +80,7 @@ def pause_subscription(id: int) -> Select[int, SubscriptionStatus]:
     Rows: id, status, as it stands now. No row: there is no such subscription. Locks the
     subscription.
     """
-    return _pause().params(pause_id=arguments.identifier("id", id))
+    return template.bind(_pause(), pause_id=arguments.identifier("id", id))
 
 
 @cache
@@ -109,7 +109,7 @@ def resume_subscription(id: int) -> Select[int, SubscriptionStatus]:
     Rows: id, status, as it stands now. No row: there is no such subscription. Locks the
     subscription.
     """
-    return _resume().params(resume_id=arguments.identifier("id", id))
+    return template.bind(_resume(), resume_id=arguments.identifier("id", id))
 
 
 @cache
@@ -142,7 +142,8 @@ def replay_subscription(id: int, *, target_position: int) -> Select[int, Subscri
     Rows: id, status, replay_target_position. No row: there is no such subscription. Locks the
     subscription.
     """
-    return _replay().params(
+    return template.bind(
+        _replay(),
         replay_subscription_id=arguments.identifier("id", id),
         replay_subscription_target=arguments.position("target_position", target_position),
     )
@@ -181,8 +182,8 @@ def finish_replay(subscription_id: int) -> Select[int]:
     Rows: id. None: it is not finished, or does not replay, or there is none. Costs two look-ups
     in an index when it is not finished. Locks the subscription when it is.
     """
-    return _finish().params(
-        finish_subscription_id=arguments.identifier("subscription_id", subscription_id)
+    return template.bind(
+        _finish(), finish_subscription_id=arguments.identifier("subscription_id", subscription_id)
     )
 
 
@@ -255,7 +256,8 @@ def reset_subscription_checkpoints(
     back, in order. No row: there is no such subscription. Locks the subscription FOR SHARE, so that
     its status stays, then the checkpoints in the common order, and waits.
     """
-    return _reset().params(
+    return template.bind(
+        _reset(),
         reset_subscription_id=arguments.identifier("subscription_id", subscription_id),
         reset_stream_position=arguments.position("stream_position", stream_position),
         reset_after=arguments.text("after", after),
@@ -322,8 +324,10 @@ def rename_subscription(id: int, name: str) -> Select[int, str]:
         sqlalchemy.exc.IntegrityError: on execution, when the group has another one of that name.
             The executing layer raises `SubscriptionExists`.
     """
-    return _rename().params(
-        rename_id=arguments.identifier("id", id), rename_name=arguments.name("name", name)
+    return template.bind(
+        _rename(),
+        rename_id=arguments.identifier("id", id),
+        rename_name=arguments.name("name", name),
     )
 
 
@@ -354,7 +358,8 @@ def move_subscription(id: int, group_name: str) -> Select[int, int]:
         sqlalchemy.exc.IntegrityError: on execution, when that group has one of the same name. The
             executing layer raises `SubscriptionExists`.
     """
-    return _move().params(
+    return template.bind(
+        _move(),
         move_id=arguments.identifier("id", id),
         move_group_name=arguments.name("group_name", group_name),
     )
@@ -404,7 +409,8 @@ def delete_subscription_checkpoints(subscription_id: int, *, limit: int = 500) -
     or there is no such subscription. Locks the subscription FOR UPDATE, and waits for recorders
     that add to it; waits for no checkpoint. Make it the first statement of its transaction.
     """
-    return _delete_checkpoints().params(
+    return template.bind(
+        _delete_checkpoints(),
         delete_checkpoints_subscription_id=arguments.identifier("subscription_id", subscription_id),
         delete_checkpoints_limit=arguments.limit("limit", limit),
     )
@@ -448,7 +454,7 @@ def delete_subscription(id: int) -> Select[int, bool]:
             a checkpoint. After `delete_subscription_checkpoints` in the same transaction (READ
             COMMITTED), that cannot be.
     """
-    return _delete().params(delete_id=arguments.identifier("id", id))
+    return template.bind(_delete(), delete_id=arguments.identifier("id", id))
 
 
 @cache

@@ -37,7 +37,8 @@ def record_checkpoints(records: Iterable[CheckpointRecord]) -> Select[int, int, 
             recorded. The executing layer raises `UnknownSubscription`.
     """
     given = arguments.instances("records", records, CheckpointRecord)
-    return _record().params(
+    return template.bind(
+        _record(),
         record_subscription_ids=[record.subscription_id for record in given],
         record_stream_names=[record.stream_name for record in given],
         record_stream_versions=[record.stream_version for record in given],
@@ -109,7 +110,8 @@ def advance_lagging_subscription_checkpoints(
 
     Rows: id of each that was moved. Locks them in the common order and waits.
     """
-    return _advance().params(
+    return template.bind(
+        _advance(),
         advance_subscription_id=arguments.identifier("subscription_id", subscription_id),
         advance_limit=arguments.limit("limit", limit),
     )

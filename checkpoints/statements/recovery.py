@@ -11,7 +11,7 @@ from sqlalchemy.dialects.postgresql import INTERVAL, JSONB
 from checkpoints import _arguments as arguments
 from checkpoints.records import CheckpointStatus
 from checkpoints.statements import _template as template
-from checkpoints.statements._claiming import claim
+from checkpoints.statements._claiming import claim, main
 from checkpoints.tables import checkpoints, checkpoints_reserved
 
 __all__ = [
@@ -27,7 +27,8 @@ def recover_expired_checkpoint_reservations(group_name: str, *, limit: int = 100
 
     Rows: id of each whose reservation ended. Locks them, and never waits for a lock.
     """
-    return _recover().params(
+    return template.bind(
+        _recover(),
         recover_group_name=arguments.name("group_name", group_name),
         recover_limit=arguments.limit("limit", limit),
     )
@@ -38,7 +39,7 @@ def _recover() -> Select[int]:
     expired = claim(
         "recover",
         checkpoints_reserved.c.reserved_until,
-        checkpoints.c.reserved_until <= template.statement_time(),
+        main.c.reserved_until <= template.statement_time(),
     )
     recovered = (
         template.update_checkpoints()
@@ -69,7 +70,8 @@ def record_expired_checkpoint_reservations(
     Rows: id, status, retry_attempts of each whose reservation ended. Locks them, and never waits
     for a lock.
     """
-    return _record_expired().params(
+    return template.bind(
+        _record_expired(),
         record_expired_group_name=arguments.name("group_name", group_name),
         record_expired_max_attempts=arguments.limit("max_attempts", max_attempts),
         record_expired_process_in=arguments.timeout("process_at", process_at),
@@ -82,7 +84,7 @@ def _record_expired() -> Select[int, CheckpointStatus, int]:
     expired = claim(
         "record_expired",
         checkpoints_reserved.c.reserved_until,
-        checkpoints.c.reserved_until <= template.statement_time(),
+        main.c.reserved_until <= template.statement_time(),
     )
     has_work = (checkpoints.c.status != template.ACTIVE) | (
         checkpoints.c.stream_version > checkpoints.c.stream_position

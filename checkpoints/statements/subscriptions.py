@@ -36,7 +36,8 @@ def get_subscription(
     Rows: id, status, subscription_group_id, replay_target_position (None: no replay). No row: there
     is no such subscription.
     """
-    return _get().params(
+    return template.bind(
+        _get(),
         get_subscription_group_name=arguments.name("group_name", group_name),
         get_subscription_name=arguments.name("name", name),
     )
@@ -72,7 +73,8 @@ def add_or_update_subscription(
     Rows: id, status, subscription_group_id, replay_target_position, always one row. Locks what it
     adds; waits for one that another transaction is adding.
     """
-    return _add().params(
+    return template.bind(
+        _add(),
         add_group_name=arguments.name("group_name", group_name),
         add_name=arguments.name("name", name),
     )
@@ -145,7 +147,8 @@ def set_subscription_status(id: int, status: SubscriptionStatus) -> Select[int, 
 
     Rows: id, status. No row: there is no such subscription. Locks the subscription.
     """
-    return _set_status().params(
+    return template.bind(
+        _set_status(),
         set_status_id=arguments.identifier("id", id),
         set_status_status=arguments.member("status", status, SubscriptionStatus),
     )
@@ -180,7 +183,8 @@ def lock_checkpoint(
     Rows: id, stream_version, stream_position, status, reserved_until. No row: there is no such
     checkpoint. Waits for the lock, as long as `lock_timeout` lets it.
     """
-    return _lock().params(
+    return template.bind(
+        _lock(),
         lock_subscription_id=arguments.identifier("subscription_id", subscription_id),
         lock_stream_name=arguments.name("stream_name", stream_name),
     )
@@ -217,7 +221,8 @@ def ensure_checkpoint_exists(
             layer raises `UnknownSubscription`.
     """
     arguments.checkpoint(subscription_id, stream_name, stream_version, stream_position)
-    return _ensure().params(
+    return template.bind(
+        _ensure(),
         ensure_subscription_id=subscription_id,
         ensure_stream_name=stream_name,
         ensure_stream_version=stream_version,

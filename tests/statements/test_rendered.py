@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from psycopg._queries import MAX_CACHED_STATEMENT_LENGTH
 from sqlalchemy import Dialect, make_url
 
 import checkpoints
 from checkpoints import statements
+from checkpoints.statements import _template as template
+from checkpoints.tables import metadata
+from tests.statements.test_plans import ON_THE_HOT_PATH
 from tests.support.samples import SAMPLES
 
 DIALECT: Dialect = make_url("postgresql+psycopg://").get_dialect()()
@@ -66,3 +70,29 @@ def test_parameters_of_all_statements_differ_so_that_they_can_stand_in_one() -> 
     for name, sample in SAMPLES.items():
         for parameter in sample.compile(dialect=DIALECT).params:
             assert owner.setdefault(parameter, name) == name
+
+
+def test_no_parameter_is_named_as_a_column() -> None:
+    """Else a value that is given to `execute` would get into an update within the statement."""
+    columns = {column.name for table in metadata.tables.values() for column in table.columns}
+    for sample in SAMPLES.values():
+        assert not columns & sample.compile(dialect=DIALECT).params.keys()
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_its_template_and_values_apart_are_the_same_statement(name: str) -> None:
+    statement, values = template.parts(SAMPLES[name])
+    assert f"{statement.compile(dialect=DIALECT)}" == f"{SAMPLES[name].compile(dialect=DIALECT)}"
+    assert statement.params(**values).compile(dialect=DIALECT).params == (
+        SAMPLES[name].compile(dialect=DIALECT).params
+    )
+
+
+LONG_SCHEMA = "s" * 30
+
+
+@pytest.mark.parametrize("name", ON_THE_HOT_PATH)
+def test_is_short_enough_for_psycopg_to_remember(name: str) -> None:
+    """A longer text is looked through for its parameters each time it is executed."""
+    sql = SAMPLES[name].compile(dialect=DIALECT, schema_translate_map={"checkpoints": LONG_SCHEMA})
+    assert len(f"{sql}") <= MAX_CACHED_STATEMENT_LENGTH
