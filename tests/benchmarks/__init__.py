@@ -1,0 +1,1 @@
+"""The benchmark, and the peers that it stands beside."""
