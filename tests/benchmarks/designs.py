@@ -10,8 +10,8 @@ from tests.benchmarks.plan import Plan
 from tests.benchmarks.results import Say, Series
 from tests.benchmarks.rounds import interleave
 from tests.benchmarks.server import Server
-from tests.benchmarks.work import Job, connect
 from tests.benchmarks.texts import GROUP
+from tests.benchmarks.work import Job, connect
 
 __all__ = ["DESIGNS", "run"]
 

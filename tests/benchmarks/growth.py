@@ -52,7 +52,7 @@ def run(server: Server, clients: Clients, plan: Plan, say: Say) -> list[Series]:
             series.append(growth.of_copies(base, axis, plan.subscriptions, fill))
         series.append(growth.clients_of(base, where))
         series.append(growth.held(base, where))
-        series += growth.recording(base)
+        series.append(growth.recording(base))
     finally:
         server.drop(base)
     return series
@@ -74,9 +74,7 @@ class _Growth:
         def fill(url: str, total: int) -> None:
             _fill(url, total, min(plan.grown_ready, total))
 
-        return self._grown(
-            "checkpoints in all", plan.totals, lambda: self._server.create(), fill
-        )
+        return self._grown("checkpoints in all", plan.totals, self._server.create, fill)
 
     def of_copies(self, base: str, axis: str, sizes: tuple[int, ...], fill: Fill) -> Series:
         """Something that is added to copies of a base."""
@@ -121,7 +119,7 @@ class _Growth:
         title = f"a transaction held open: {where}, {_clients(plan.grown_clients)}"
         return Series(PART, title, "cycles/s", "before", samples)
 
-    def recording(self, url: str) -> list[Series]:
+    def recording(self, url: str) -> Series:
         """Checkpoints recorded in one call."""
         plan = self._plan
         streams = 2 * max(plan.sizes)
@@ -146,9 +144,7 @@ class _Growth:
         contestants = {f"{size:,}": partial(measure, size) for size in plan.sizes}
         samples = interleave(contestants, plan.rounds)
         axis = "checkpoints recorded in one call"
-        return [
-            Series(PART, axis, "checkpoints/s", f"{plan.sizes[0]:,}", samples, axis=axis),
-        ]
+        return Series(PART, axis, "checkpoints/s", f"{plan.sizes[0]:,}", samples, axis=axis)
 
     def _grown(
         self, axis: str, sizes: tuple[int, ...], create: Callable[[], str], fill: Fill
@@ -225,20 +221,13 @@ def _idle(url: str, count: int) -> None:
 
 def _busy(url: str, count: int) -> None:
     """Each has as much work as the others; all of it together is the same for any number."""
-    if count > 1:
-        ids = add_subscription(url, "busy", count=count - 1)
-        with connect(url) as connection:
-            connection.execute(
-                """
-                UPDATE checkpoints.checkpoints SET subscription_id = (%(ids)s::bigint[])[rank]
-                FROM (
-                  SELECT id, mod(row_number() OVER (ORDER BY process_at), %(count)s) AS rank
-                  FROM checkpoints.checkpoints WHERE stream_version > stream_position
-                ) AS ready
-                WHERE ready.id = checkpoints.id AND rank > 0
-                """,
-                {"ids": ids, "count": count},
-            )
+    ids = add_subscription(url, "busy", count=count)
+    with connect(url) as connection:
+        ready = connection.execute(
+            "DELETE FROM checkpoints.checkpoints WHERE stream_version > stream_position"
+        ).rowcount
+    ready = max(ready, count)
+    add_checkpoints(url, ids, ready, ready=ready)
 
 
 def _clients(number: int) -> str:

@@ -17,7 +17,15 @@ from typing import IO, Any, Self
 from tests.benchmarks.texts import GROUP
 from tests.benchmarks.work import Job, connect
 
-__all__ = ["FAR", "ClientFailed", "Clients", "Drained", "add_checkpoints", "add_subscription", "vacuum"]
+__all__ = [
+    "FAR",
+    "ClientFailed",
+    "Clients",
+    "Drained",
+    "add_checkpoints",
+    "add_subscription",
+    "vacuum",
+]
 
 FAR = 1_000_000_000
 """A version that no position reaches: after each cycle the checkpoint is ready again."""
@@ -32,7 +40,7 @@ class ClientFailed(Exception):
 
 @dataclass(frozen=True)
 class Drained:
-    """How long a drain took, from the start to the last item of the last client, and what it did."""
+    """How long a drain took, from its start to the last item done, and how many were done."""
 
     seconds: float
     done: int
@@ -111,7 +119,7 @@ class _Process:
     """A client process."""
 
     def __init__(self) -> None:
-        self._errors: IO[bytes] = tempfile.TemporaryFile()
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.benchmarks.client"],
             cwd=_ROOT,
@@ -176,7 +184,7 @@ class Clients:
         """
         told = {"measure": "rate", "seconds": seconds, "warm_up": warm_up}
         _, answers = self._run(job, clients, told)
-        done = sum(answer["done"] / answer["seconds"] for answer in answers)
+        done: float = sum(answer["done"] / answer["seconds"] for answer in answers)
         if not done:
             raise ClientFailed(f"{clients} clients found nothing to do: {job!r}")
         return done
@@ -201,7 +209,7 @@ class Clients:
             self._processes.append(_Process())
         chosen = self._processes[:clients]
         # What hangs is ended: a pipe that closes is an error.
-        watch = threading.Timer(_LONGEST, lambda: [process.kill() for process in chosen])
+        watch = threading.Timer(_LONGEST, _kill, (chosen,))
         watch.start()
         try:
             for process in chosen:
@@ -218,3 +226,8 @@ class Clients:
             raise
         finally:
             watch.cancel()
+
+
+def _kill(processes: Sequence[_Process]) -> None:
+    for process in processes:
+        process.kill()

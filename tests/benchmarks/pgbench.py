@@ -21,7 +21,6 @@ __all__ = ["rate", "script"]
 _VARIABLES = {"host": "PGHOST", "port": "PGPORT", "sslmode": "PGSSLMODE"}
 
 
-
 def script(design: str, batch: int) -> str | None:
     """A cycle as a script of pgbench; None, where it cannot be one.
 
@@ -45,9 +44,7 @@ def script(design: str, batch: int) -> str | None:
     return f"{reserve} \\gset\n{update} \\gset done_\n{check}\n"
 
 
-def rate(
-    program: str, url: str, text: str, clients: int, seconds: float, batch: int = 1
-) -> float:
+def rate(program: str, url: str, text: str, clients: int, seconds: float, batch: int = 1) -> float:
     """Checkpoints/s that pgbench moved with prepared statements; its time is in whole seconds.
 
     A short run before warms the server up, not the connections: those of a run are its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 __all__ = ["FULL", "QUICK", "TINY", "Plan"]
 
@@ -44,6 +45,12 @@ class Plan:
     items: int
     other_items: int
     processes: tuple[int, ...]
+    others: tuple[Literal["foreign", "paused"], ...]
+    """What else may wait, at the most processes."""
+    singles_among_others: bool
+    peer_rounds: int
+    peer_limit: float
+    """After so many seconds a drain is given up; its rate until then is what counts."""
 
     def with_largest(self, largest: int) -> Plan:
         """Also with so many checkpoints in all."""
@@ -76,6 +83,10 @@ FULL = Plan(
     items=50_000,
     other_items=200_000,
     processes=(1, 4),
+    others=("foreign", "paused"),
+    singles_among_others=True,
+    peer_rounds=3,
+    peer_limit=15.0,
 )
 
 QUICK = replace(
@@ -87,18 +98,23 @@ QUICK = replace(
     total=20_000,
     ready=500,
     backlog=10_000,
+    clients=(1, 4),
     record_calls=5,
     grown_total=10_000,
     grown_ready=500,
     totals=(1_000, 10_000),
     backlogs=(0, 5_000),
     subscriptions=(1, 100),
-    many_clients=(1, 4, 16),
+    many_clients=(1, 4, 8),
     held_seconds=3.0,
     sizes=(1, 100, 1_000),
     items=2_000,
     other_items=5_000,
-    processes=(1, 2),
+    processes=(2,),
+    others=("foreign",),
+    singles_among_others=False,
+    peer_rounds=1,
+    peer_limit=5.0,
 )
 
 # For the tests: everything is run, and nothing is learnt.

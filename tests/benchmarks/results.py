@@ -73,9 +73,7 @@ def write(results: Results, file: Path) -> None:
     """Write a run, with the statistics beside the samples."""
     given = {
         "environment": results.environment,
-        "series": [
-            asdict(series) | {"summary": series.summarised()} for series in results.series
-        ],
+        "series": [asdict(series) | {"summary": series.summarised()} for series in results.series],
     }
     file.write_text(json.dumps(given, indent=1, ensure_ascii=False) + "\n")
 
@@ -121,7 +119,12 @@ def _said(program: str, *arguments: str) -> str | None:
         return None
     try:
         done = subprocess.run(
-            [program, *arguments], cwd=_ROOT, capture_output=True, text=True, check=False, timeout=30
+            [program, *arguments],
+            cwd=_ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -7,7 +7,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psycopg
@@ -15,7 +15,7 @@ from sqlalchemy import URL, make_url
 
 from alembic import command
 from checkpoints import alembic_config
-from checkpoints.embedded import _binaries, start_server
+from checkpoints.embedded import ServerUnavailable, _binaries, start_server
 from tests.benchmarks.work import connect
 
 __all__ = ["VARIABLE", "NotDurable", "Server", "durable_server"]
@@ -131,10 +131,8 @@ def _checked(server: Server) -> Iterator[Server]:
 def _find_pgbench(major: int | None) -> str | None:
     """The program beside the server's own, or any of the system."""
     folders: list[Path] = []
-    try:
+    with suppress(ServerUnavailable):
         folders.append(_binaries.find(major).folder)
-    except _binaries.ServerUnavailable:
-        pass
     folders += [Path(name) for name in sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True)]
     for folder in folders:
         if (folder / "pgbench").is_file():

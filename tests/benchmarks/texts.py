@@ -1,4 +1,4 @@
-"""The SQL texts that a client runs: of the toolkit, of earlier revisions, and of two bare tables."""
+"""The SQL texts that a client runs: the toolkit's, of earlier revisions, of two bare tables."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def texts(design: str, limit: int = 1) -> Texts:
             _compiled(checkpoints.reserve_next_available_checkpoint(GROUP, TIMEOUT, limit=limit)),
             _compiled(checkpoints.update_checkpoint_position(_ID, _TOKEN, _POSITION)),
             _update_many(),
-            _compiled(checkpoints.record_checkpoints([CheckpointRecord(_ID, "s", _VERSION, _POSITION)])),
+            _compiled(
+                checkpoints.record_checkpoints([CheckpointRecord(_ID, "s", _VERSION, _POSITION)])
+            ),
         )
     folder = SQL / design.replace(".", "_").replace(" ", "_")
     reserve = {
@@ -67,7 +69,11 @@ def texts(design: str, limit: int = 1) -> Texts:
         "reserve_subscription_statuses": ["active", "replay"],
         "reserve_subscription_names": None,
     }
-    one = {"id": "update_id", "token": "update_reserved_until", "position": "update_stream_position"}
+    one = {
+        "id": "update_id",
+        "token": "update_reserved_until",
+        "position": "update_stream_position",
+    }
     record = {
         key: f"record_{name}"
         for key, name in {

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any, TypedDict
 
 import psycopg
@@ -161,16 +161,59 @@ def _transactions(job: Job) -> Iterator[Step]:
 @contextmanager
 def _consumer(job: Job) -> Iterator[Step]:
     """A consumer with a handler that does nothing; a step drains all that is due."""
-    batch = job.get("batch", 1)
-    engine = create_engine(job["url"], pool_size=10)
-    consumer = Consumer(
-        engine, GROUP, lambda _, __: None, concurrency=4, batch=batch, listen=False,
-        reservation_timeout=timedelta(minutes=1),
-    )  # fmt: skip
-    try:
-        with engine.connect():
-            pass
+    batch = job["batch"]
+    with _consuming(job, lambda: None, concurrency=min(4, batch), batch=batch) as consumer:
         yield consumer.drain
+
+
+@contextmanager
+def _running(job: Job) -> Iterator[Step]:
+    """A consumer that runs, one checkpoint at a time; a step is a look at what it has done."""
+    handled = looked = 0
+
+    def count() -> None:
+        nonlocal handled
+        handled += 1
+
+    def step() -> int:
+        nonlocal looked
+        time.sleep(0.002)
+        before, looked = looked, handled
+        return looked - before
+
+    with _consuming(job, count, concurrency=1, batch=1) as consumer:
+        thread = threading.Thread(target=consumer.run)
+        started = False
+
+        def begun() -> int:
+            nonlocal started
+            if not started:
+                started = True
+                thread.start()
+            return step()
+
+        try:
+            yield begun
+        finally:
+            consumer.stop()
+            if started:
+                thread.join()
+
+
+@contextmanager
+def _consuming(
+    job: Job, handled: Callable[[], None], *, concurrency: int, batch: int
+) -> Iterator[Consumer]:
+    def handler(connection: Connection, reservation: Reservation) -> None:  # noqa: ARG001
+        handled()
+
+    engine = create_engine(job["url"], pool_size=concurrency + 2)
+    try:
+        # Connected before the start, as the others are.
+        with engine.connect():
+            yield Consumer(
+                engine, GROUP, handler, concurrency=concurrency, batch=batch, listen=False
+            )
     finally:
         engine.dispose()
 
@@ -218,6 +261,6 @@ WORK: dict[str, Callable[[Job], contextlib.AbstractContextManager[Step]]] = {
     "toolkit": _toolkit,
     "transactions": _transactions,
     "consumer": _consumer,
+    "running consumer": _running,
     "record": _record,
 }
-

@@ -1,0 +1,212 @@
+"""Peers: other queues on PostgreSQL, and this toolkit doing the same, in the same rounds.
+
+An item of ours is a checkpoint with one message to process. Every measurement has a database of
+its own, a copy of one in which the contestant's schema, and the items that nobody is to do, are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from typing import Any, Literal, Protocol
+
+from alembic import command
+from checkpoints import alembic_config
+from tests.benchmarks.load import ClientFailed, Clients, add_checkpoints, add_subscription, vacuum
+from tests.benchmarks.plan import Plan
+from tests.benchmarks.results import Say, Series
+from tests.benchmarks.rounds import order_of
+from tests.benchmarks.server import Server
+from tests.benchmarks.work import Job, connect
+
+__all__ = ["Contestant", "Ours", "run"]
+
+PART = "peers"
+
+# More than any does one at a time with one process.
+_FASTEST_SINGLE = 3_000
+_BATCH = 100
+
+Kind = Literal["work", "foreign", "paused"]
+
+
+class Contestant(Protocol):
+    """What all do; see `tests/benchmarks/peers/peer.py`."""
+
+    @property
+    def name(self) -> str: ...
+    def missing(self) -> str | None: ...
+    def version(self) -> str: ...
+    def prepare(self, url: str) -> None: ...
+    def add(self, url: str, count: int, kind: Kind) -> None: ...
+    def drain(self, url: str, count: int, processes: int, batch: int) -> float: ...
+    def one_at_a_time(self, url: str, seconds: float, processes: int) -> float: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Ours:
+    """This toolkit: by its statements, or by its `Consumer` (4 threads a process in a drain)."""
+
+    clients: Clients
+    consumer: bool
+
+    @property
+    def name(self) -> str:
+        return "checkpoints, Consumer" if self.consumer else "checkpoints, statements"
+
+    def missing(self) -> str | None:
+        return None
+
+    def version(self) -> str:
+        return "head"
+
+    def prepare(self, url: str) -> None:
+        command.upgrade(alembic_config(url), "head")
+        add_subscription(url, "work")
+        add_subscription(url, "foreign", group="another group")
+        add_subscription(url, "paused", status="paused")
+
+    def add(self, url: str, count: int, kind: Kind) -> None:
+        with connect(url) as connection:
+            row = connection.execute(
+                "SELECT id FROM checkpoints.subscriptions WHERE name = %s", (f"{kind}-1",)
+            ).fetchone()
+        assert row is not None
+        due = "-1 hour" if kind == "work" else "-1 day"
+        add_checkpoints(url, [row[0]], count, ready=count, version=1, due=due)
+        vacuum(url)
+
+    def drain(self, url: str, count: int, processes: int, batch: int) -> float:
+        work = "consumer" if self.consumer else "transactions"
+        job = Job(work=work, url=url, batch=batch, ending=True)
+        drained = self.clients.drain(job, processes)
+        if drained.done != count:
+            raise ClientFailed(f"{self.name}: {drained.done} of {count} items were done")
+        return drained.seconds
+
+    def one_at_a_time(self, url: str, seconds: float, processes: int) -> float:
+        work = "running consumer" if self.consumer else "transactions"
+        job = Job(work=work, url=url, batch=1, ending=True)
+        return self.clients.rate(job, processes, seconds=seconds, warm_up=1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Case:
+    title: str
+    processes: int
+    others: Kind | None
+    drains: bool
+
+
+def run(server: Server, clients: Clients, plan: Plan, say: Say) -> list[Series]:
+    """Measure all that can run here."""
+    contestants: list[Contestant] = [Ours(clients, consumer=False), Ours(clients, consumer=True)]
+    missing: dict[str, str] = {}
+    peers, failures = _peers(plan.peer_limit, missing)
+    for peer in peers:
+        if why := peer.missing():
+            missing[peer.name] = why
+        else:
+            contestants.append(peer)
+    prepared: dict[tuple[str, Kind | None], str] = {}
+    try:
+        for others in (None, *plan.others):
+            for contestant in contestants:
+                say(f"peers: preparing {contestant.name} with {others or 'no'} others")
+                url = prepared[contestant.name, others] = server.create(None)
+                contestant.prepare(url)
+                if others:
+                    contestant.add(url, plan.other_items, others)
+        return [
+            _measured(server, plan, say, case, contestants, prepared, missing, failures)
+            for case in _cases(plan)
+        ]
+    finally:
+        for url in prepared.values():
+            server.drop(url)
+
+
+def _peers(limit: float, missing: dict[str, str]) -> tuple[list[Contestant], type[Exception]]:
+    """The peers, and the error that all of them raise."""
+    try:
+        module: Any = import_module("tests.benchmarks.peers")
+    except ImportError as error:
+        missing["other queues"] = str(error)
+        return [], ClientFailed
+    given: Iterable[Any] = module.PEERS
+    return [dataclasses.replace(peer, limit=limit) for peer in given], module.PeerError
+
+
+def _cases(plan: Plan) -> Sequence[_Case]:
+    def of(number: int) -> str:
+        return f"{number} process{'es' * (number > 1)}"
+
+    most = max(plan.processes)
+    drain, single = f"drain {plan.items:,} items", "one at a time"
+    cases = [
+        _Case(f"{how}, {of(number)}", number, None, how == drain)
+        for how in (drain, single)
+        for number in plan.processes
+    ]
+    names = {"foreign": "of another queue", "paused": "paused"}
+    return cases + [
+        _Case(
+            f"{how}, {of(most)}, {plan.other_items:,} items {names[others]} waiting",
+            most,
+            others,
+            how == drain,
+        )
+        for others in plan.others
+        for how in ((drain, single) if plan.singles_among_others else (drain,))
+    ]
+
+
+def _measured(
+    server: Server,
+    plan: Plan,
+    say: Say,
+    case: _Case,
+    contestants: Sequence[Contestant],
+    prepared: dict[tuple[str, Kind | None], str],
+    missing: dict[str, str],
+    failures: type[Exception],
+) -> Series:
+    """All contestants in rounds; who fails once is out of this case, and it is said why."""
+    say(f"peers: {case.title}")
+    series = Series(PART, case.title, "items/s", contestants[0].name, {}, missing={**missing})
+    by_name = {contestant.name: contestant for contestant in contestants}
+    for number in range(plan.peer_rounds):
+        for name in order_of(list(by_name), number):
+            if name in series.missing:
+                continue
+            url = server.copy(prepared[name, case.others])
+            try:
+                rate = _once(server, plan, case, by_name[name], url)
+                series.samples.setdefault(name, []).append(rate)
+            except (failures, ClientFailed) as error:
+                series.samples.pop(name, None)
+                series.missing[name] = f"{case.title}: {' '.join(str(error).split())[:300]}"
+            finally:
+                server.drop(url)
+    series.samples = {name: series.samples[name] for name in by_name if name in series.samples}
+    return series
+
+
+def _once(server: Server, plan: Plan, case: _Case, contestant: Contestant, url: str) -> float:
+    """Items/s of one contestant, in a database of its own."""
+    if not case.drains:
+        supply = round((plan.seconds + 2) * _FASTEST_SINGLE * case.processes)
+        contestant.add(url, supply, "work")
+        server.settle()
+        return contestant.one_at_a_time(url, plan.seconds, case.processes)
+    contestant.add(url, plan.items, "work")
+    server.settle()
+    try:
+        return plan.items / contestant.drain(url, plan.items, case.processes, _BATCH)
+    except Exception as error:
+        # A drain that was cut short is a rate all the same.
+        done, seconds = getattr(error, "done", 0), getattr(error, "seconds", 0.0)
+        if not done or not seconds:
+            raise
+        return float(done / seconds)
