@@ -34,6 +34,8 @@ _RESULTS = "results.json"
 def measure(server: Server, plan: Plan, parts: list[str], say: Say) -> Results:
     """Run parts of the benchmark on a server."""
     results = Results(environment(server, plan.name, plan.rounds), [])
+    if contest.PART in parts:
+        results.environment["peers"] = contest.versions()
     with Clients() as clients:
         for part in parts:
             results.series += PARTS[part](server, clients, plan, say)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": _TEXT,
 }
 _COLUMNS = 2
+_TITLE = 56
 
 
 def draw(all_series: Sequence[Series], file: Path) -> None:
@@ -45,7 +47,7 @@ def draw(all_series: Sequence[Series], file: Path) -> None:
     colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
     tallest = max(len(series.samples) for series in all_series)
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(10, rows * (1.1 + 0.26 * tallest)), layout="constrained")
+        figure = Figure(figsize=(10, rows * (1.2 + 0.24 * tallest)), layout="constrained")
         FigureCanvasSVG(figure)
         panels = figure.subplots(rows, _COLUMNS, squeeze=False)
         for index, axes in enumerate(panels.flat):
@@ -111,5 +113,6 @@ def _line(axes: Axes, series: Series) -> None:
 
 
 def _finish(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left")
+    axes.set_title(textwrap.fill(title, _TITLE), loc="left")
+    axes.patch.set_visible(False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -20,7 +20,7 @@ from tests.benchmarks.rounds import order_of
 from tests.benchmarks.server import Server
 from tests.benchmarks.work import Job, connect
 
-__all__ = ["Contestant", "Ours", "run"]
+__all__ = ["Contestant", "Ours", "run", "versions"]
 
 PART = "peers"
 
@@ -127,6 +127,12 @@ def run(server: Server, clients: Clients, plan: Plan, say: Say) -> list[Series]:
             server.drop(url)
 
 
+def versions() -> dict[str, str]:
+    """The peers that can run here, and which of them these are."""
+    peers, _ = _peers(1.0, {})
+    return {peer.name: peer.version() for peer in peers if peer.missing() is None}
+
+
 def _peers(limit: float, missing: dict[str, str]) -> tuple[list[Contestant], type[Exception]]:
     """The peers, and the error that all of them raise."""
     try:
@@ -135,7 +141,7 @@ def _peers(limit: float, missing: dict[str, str]) -> tuple[list[Contestant], typ
         missing["other queues"] = str(error)
         return [], ClientFailed
     given: Iterable[Any] = module.PEERS
-    return [dataclasses.replace(peer, limit=limit) for peer in given], module.PeerError
+    return [peer.limited(limit) for peer in given], module.PeerError
 
 
 def _cases(plan: Plan) -> Sequence[_Case]:

@@ -111,7 +111,7 @@ class _Growth:
             begun = time.monotonic()
             while (held := time.monotonic() - begun) < plan.held_seconds or len(samples) == 1:
                 value = rate()
-                samples[f"held open, from {held:.0f} s"] = [value]
+                samples[f"held for {held:.0f} s"] = [value]
             holder.rollback()
         samples["after"] = [rate()]
         vacuum(url)

@@ -102,7 +102,8 @@ def _cell(series: Series, name: str) -> str:
     if name not in series.samples:
         return "–"
     found = summary(series.samples[name])
-    return f"**{number(found.median)}** ×{_times(series, name)}<br>{_spread(found)}"
+    times = "" if name == series.base else f" ×{_times(series, name)}"
+    return f"**{number(found.median)}**{times}<br>{_spread(found)}"
 
 
 def _spread(found: Summary) -> str:
