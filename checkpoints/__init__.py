@@ -3,6 +3,7 @@
 from checkpoints.errors import (
     CheckpointsError,
     ReservationLost,
+    ReservationsLost,
     SchemaNotMigrated,
     SubscriptionExists,
     SubscriptionRunning,
@@ -26,6 +27,7 @@ from checkpoints.records import (
     ListedCheckpoint,
     ListedReservation,
     LockedCheckpoint,
+    PositionUpdate,
     RecordedCheckpoint,
     ReplayMode,
     Reservation,
@@ -69,6 +71,7 @@ from checkpoints.statements import (
     set_subscription_status,
     skip_checkpoints,
     update_checkpoint_position,
+    update_checkpoint_positions,
 )
 
 __all__ = [
@@ -86,10 +89,12 @@ __all__ = [
     "ListedCheckpoint",
     "ListedReservation",
     "LockedCheckpoint",
+    "PositionUpdate",
     "RecordedCheckpoint",
     "ReplayMode",
     "Reservation",
     "ReservationLost",
+    "ReservationsLost",
     "SchemaNotMigrated",
     "Subscription",
     "SubscriptionExists",
@@ -132,4 +137,5 @@ __all__ = [
     "set_subscription_status",
     "skip_checkpoints",
     "update_checkpoint_position",
+    "update_checkpoint_positions",
 ]

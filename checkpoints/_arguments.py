@@ -180,3 +180,10 @@ def instance(name: str, value: _T, expected: type[Any]) -> _T:
     if not isinstance(value, expected):
         raise TypeError(f"{name} must be a {expected.__name__}, not {value!r}")
     return value
+
+
+def instances(name: str, values: Iterable[_T], expected: type[_T]) -> list[_T]:
+    """Objects of a class."""
+    if not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be an iterable of {expected.__name__}, not {values!r}")
+    return [instance(f"{name}[{index}]", value, expected) for index, value in enumerate(values)]

@@ -14,7 +14,12 @@ from sqlalchemy import Row, Select
 
 from checkpoints import _arguments as arguments
 from checkpoints import statements
-from checkpoints.errors import ReservationLost, SubscriptionRunning, UnknownSubscription
+from checkpoints.errors import (
+    ReservationLost,
+    ReservationsLost,
+    SubscriptionRunning,
+    UnknownSubscription,
+)
 from checkpoints.records import (
     CheckpointDetail,
     CheckpointPosition,
@@ -26,6 +31,7 @@ from checkpoints.records import (
     ListedCheckpoint,
     ListedReservation,
     LockedCheckpoint,
+    PositionUpdate,
     RecordedCheckpoint,
     ReplayMode,
     Reservation,
@@ -110,6 +116,7 @@ def reserve_next_available_checkpoint(
     *,
     replay_mode: ReplayMode = ReplayMode.ALL,
     subscription_names: Iterable[str] | None = None,
+    due_since: datetime | None = None,
     limit: int = 1,
 ) -> Call[list[Reservation]]:
     """Reserve the checkpoints of a group that have been due longest, at most `limit`.
@@ -123,6 +130,7 @@ def reserve_next_available_checkpoint(
             reservation_timeout,
             replay_mode=replay_mode,
             subscription_names=subscription_names,
+            due_since=due_since,
             limit=limit,
         ),
         _all(Reservation),
@@ -148,6 +156,31 @@ def update_checkpoint_position(
         ),
         _held(reservation, _one(CheckpointPosition)),
     )
+
+
+def update_checkpoint_positions(
+    updates: Iterable[PositionUpdate],
+) -> Call[list[CheckpointPosition]]:
+    """Move many checkpoints forward and end their reservations, in the handlers' transaction.
+
+    `PositionUpdate.of(reservation, position)` makes an update. See
+    `checkpoints.update_checkpoint_positions`.
+
+    Raises:
+        ReservationsLost: some of them are lost, and the others were updated: let it roll the
+            transaction back.
+    """
+    given = list(updates)
+
+    def all_held(rows: Rows) -> list[CheckpointPosition]:
+        if len(rows) < len(given):
+            changed = set(_ids(rows))
+            raise ReservationsLost(
+                [(one.id, one.reserved_until) for one in given if one.id not in changed]
+            )
+        return [CheckpointPosition(*row) for row in rows]
+
+    return Call(statements.update_checkpoint_positions(given), all_held)
 
 
 def record_checkpoint_error(

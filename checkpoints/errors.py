@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 
 __all__ = [
     "CheckpointsError",
     "ReservationLost",
+    "ReservationsLost",
     "SchemaNotMigrated",
     "SubscriptionExists",
     "SubscriptionRunning",
@@ -32,6 +34,23 @@ class ReservationLost(CheckpointsError):
         )
         self.id = id
         self.reserved_until = reserved_until
+
+
+class ReservationsLost(ReservationLost):
+    """Reservations of a batch are no longer held; `lost` has the id and the token of each.
+
+    Let it leave the transaction's block, so that what was written for all of the batch is rolled
+    back; then process those that are still held again. `id` and `reserved_until` are of the first.
+    """
+
+    def __init__(self, lost: Sequence[tuple[int, datetime]]) -> None:
+        super().__init__(*lost[0])
+        ids = ", ".join(repr(id) for id, _ in lost)
+        self.args = (
+            f"the reservations of checkpoints {ids} are lost: they expired and were recovered, or "
+            "an operator ended them; roll back this transaction, which is of others too",
+        )
+        self.lost = list(lost)
 
 
 class UnknownSubscription(CheckpointsError):

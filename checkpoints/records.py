@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 from checkpoints import _arguments as arguments
 
@@ -20,6 +20,7 @@ __all__ = [
     "ListedCheckpoint",
     "ListedReservation",
     "LockedCheckpoint",
+    "PositionUpdate",
     "RecordedCheckpoint",
     "ReplayMode",
     "Reservation",
@@ -120,6 +121,39 @@ class Reservation:
     replay_target_position: int | None
     reserved_until: datetime
     process_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class PositionUpdate:
+    """That a reserved checkpoint was processed up to a position; of a reservation by `of`.
+
+    `process_at` is when it is ready again if it still lags (a timedelta: so long from now; None:
+    now).
+    """
+
+    id: int
+    reserved_until: datetime
+    stream_position: int
+    process_at: datetime | timedelta | None = None
+
+    def __post_init__(self) -> None:
+        arguments.identifier("id", self.id)
+        arguments.moment("reserved_until", self.reserved_until)
+        arguments.position("stream_position", self.stream_position)
+        if self.process_at is not None:
+            arguments.due("process_at", self.process_at)
+
+    @classmethod
+    def of(
+        cls,
+        reservation: Reservation,
+        stream_position: int,
+        *,
+        process_at: datetime | timedelta | None = None,
+    ) -> Self:
+        """The update of a checkpoint that is held by a reservation."""
+        arguments.instance("reservation", reservation, Reservation)
+        return cls(reservation.id, reservation.reserved_until, stream_position, process_at)
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,6 +81,18 @@ checkpoint_status = Enum(
 _TIMESTAMP = DateTime(timezone=True)
 
 
+# Room on each page for the next version of a row.
+_STORAGE_OF_MAIN = {"fillfactor": 85, "autovacuum_vacuum_scale_factor": 0.05}
+# Narrow tables of short-lived rows: vacuumed by the number of dead rows, at full speed, and never
+# made shorter, which would lock them.
+_STORAGE_OF_HOT = {
+    "autovacuum_vacuum_scale_factor": 0,
+    "autovacuum_vacuum_threshold": 5000,
+    "autovacuum_vacuum_cost_delay": 0,
+    "vacuum_truncate": "false",
+}
+
+
 class SubscriptionGroupColumns(TypedColumns):
     """Columns of `subscription_groups`."""
 
@@ -166,6 +178,7 @@ class ReadyColumns(TypedColumns):
     process_at: Named[datetime] = Column(
         _TIMESTAMP, index=True, comment="Its process_at: from when it may be claimed"
     )
+    subscription_id: Named[int] = Column(BigInteger, comment="Its subscription")
 
 
 class ReservedColumns(TypedColumns):
@@ -179,8 +192,9 @@ class ReservedColumns(TypedColumns):
         comment="The checkpoint",
     )
     reserved_until: Named[datetime] = Column(
-        _TIMESTAMP, index=True, comment="Its reserved_until: when the reservation expires"
+        _TIMESTAMP, comment="Its reserved_until: when the reservation expires"
     )
+    subscription_id: Named[int] = Column(BigInteger, comment="Its subscription")
 
 
 subscription_groups = Table(
@@ -203,19 +217,14 @@ checkpoints = Table(
     metadata,
     CheckpointColumns,
     UniqueConstraint("subscription_id", "stream_name"),
-    Index("ix_checkpoints_status_lagging_subscription_id", "status", "lagging", "subscription_id"),
+    # No index holds a time or what says whether it lags: then nearly every update is a HOT one.
     Index(
-        "ix_checkpoints_claimable",
+        "ix_checkpoints_status_subscription_id",
+        "status",
         "subscription_id",
-        "process_at",
-        postgresql_where=text("process_at IS NOT NULL AND reserved_until IS NULL"),
+        postgresql_where=text("status <> 'active'"),
     ),
-    Index(
-        "ix_checkpoints_reservations",
-        "subscription_id",
-        "reserved_until",
-        postgresql_where=text("reserved_until IS NOT NULL"),
-    ),
+    postgresql_with=_STORAGE_OF_MAIN,
     comment="How far each subscription has processed each stream: the truth",
 )
 
@@ -223,6 +232,8 @@ checkpoints_ready = Table(
     "checkpoints_ready",
     metadata,
     ReadyColumns,
+    Index(None, "subscription_id", "process_at"),
+    postgresql_with=_STORAGE_OF_HOT,
     comment="Projection of checkpoints, kept by a trigger: what can be claimed",
 )
 
@@ -230,5 +241,7 @@ checkpoints_reserved = Table(
     "checkpoints_reserved",
     metadata,
     ReservedColumns,
+    Index(None, "subscription_id", "reserved_until"),
+    postgresql_with=_STORAGE_OF_HOT,
     comment="Projection of checkpoints, kept by a trigger: what is claimed now",
 )

@@ -7,6 +7,7 @@ from checkpoints.statements.consumer import (
     release_checkpoint_reservation,
     reserve_next_available_checkpoint,
     update_checkpoint_position,
+    update_checkpoint_positions,
 )
 from checkpoints.statements.dashboard import (
     TOTAL_LIMIT,
@@ -83,4 +84,5 @@ __all__ = [
     "set_subscription_status",
     "skip_checkpoints",
     "update_checkpoint_position",
+    "update_checkpoint_positions",
 ]

@@ -14,17 +14,22 @@ from sqlalchemy import (
     CTE,
     BigInteger,
     BindParameter,
+    Column,
     ColumnElement,
+    CompoundSelect,
     DateTime,
     Integer,
     Select,
     Text,
+    Update,
     any_,
     bindparam,
     func,
     literal_column,
     null,
     select,
+    tuple_,
+    update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL, JSONB
 from sqlalchemy.sql.functions import FunctionElement
@@ -38,6 +43,8 @@ TIMESTAMP = DateTime(timezone=True)
 ZERO: ColumnElement[int] = literal_column("0", Integer())
 ACTIVE: ColumnElement[Any] = literal_column("'active'", checkpoint_status)
 RETRY: ColumnElement[Any] = literal_column("'retry'", checkpoint_status)
+LONG_AGO: ColumnElement[datetime] = literal_column("'-infinity'::timestamptz", TIMESTAMP)
+FAR_AHEAD: ColumnElement[datetime] = literal_column("'infinity'::timestamptz", TIMESTAMP)
 FAILED: ColumnElement[Any] = literal_column("'failed'", checkpoint_status)
 
 
@@ -71,6 +78,16 @@ def timestamp(name: str) -> BindParameter[datetime | None]:
     return bindparam(name, type_=TIMESTAMP)
 
 
+def timestamps(name: str) -> BindParameter[Any]:
+    """Many points in time."""
+    return bindparam(name, type_=ARRAY(TIMESTAMP))
+
+
+def durations(name: str) -> BindParameter[Any]:
+    """Many spans of time."""
+    return bindparam(name, type_=ARRAY(INTERVAL()))
+
+
 def duration(name: str) -> BindParameter[Any]:
     """A span of time."""
     return bindparam(name, type_=INTERVAL())
@@ -100,11 +117,40 @@ def due_at(prefix: str) -> ColumnElement[datetime | None]:
 
 def due_values(prefix: str, process_at: datetime | timedelta | None) -> dict[str, Any]:
     """The values of the parameters of `due_at`."""
-    moment, delay = (None, None) if process_at is None else arguments.due("process_at", process_at)
+    moment, delay = due(process_at)
     return {f"{prefix}_process_at": moment, f"{prefix}_process_in": delay}
 
 
-def materialized(rows: Select[*tuple[Any, ...]], name: str) -> CTE:
+def due(process_at: datetime | timedelta | None) -> tuple[datetime | None, timedelta | None]:
+    """A point in time, or how long from now; neither of the two, when none is given."""
+    return (None, None) if process_at is None else arguments.due("process_at", process_at)
+
+
+def oldest_of_subscription(
+    time: Column[Any],
+    subscription_id: ColumnElement[int],
+    *,
+    since: ColumnElement[datetime] = LONG_AGO,
+    until: ColumnElement[datetime] = FAR_AHEAD,
+) -> Select[int]:
+    """The rows of a subscription in a hot table, the oldest first.
+
+    Both columns are compared at once, and both are ordered by. With an equality on the subscription
+    the order would be that of the time alone, and where most rows are of one subscription, by
+    statistics that may be old, another index is walked past all the others.
+    """
+    hot = time.table
+    key = tuple_(hot.c.subscription_id, time)
+    return (
+        select(hot.c.id)
+        .where(key >= tuple_(subscription_id, since), key <= tuple_(subscription_id, until))
+        .order_by(hot.c.subscription_id, time)
+    )
+
+
+def materialized(
+    rows: Select[*tuple[Any, ...]] | CompoundSelect[*tuple[Any, ...]], name: str
+) -> CTE:
     """A CTE that is run once, whatever the planner thinks of it."""
     return rows.cte(name).prefix_with("MATERIALIZED")
 
@@ -117,6 +163,14 @@ def is_one_of(rows: CTE) -> ColumnElement[bool]:
     """
     ids = func.array(select(rows.c.id).scalar_subquery(), type_=ARRAY(BigInteger()))
     return checkpoints.c.id == any_(ids)
+
+
+def update_checkpoints() -> Update:
+    """An update of main rows.
+
+    It sets `updated_at` itself, and so spares a call of the trigger that would, for each row.
+    """
+    return update(checkpoints).values(updated_at=statement_time())
 
 
 def appended(

@@ -13,23 +13,27 @@ from functools import cache
 from typing import Any
 
 from sqlalchemy import (
+    BigInteger,
     ColumnElement,
     Integer,
     Select,
+    and_,
     any_,
+    case,
+    column,
     func,
     literal_column,
     null,
     or_,
     select,
+    true,
     type_coerce,
-    update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 from sqlalchemy.sql.expression import bindparam
 
 from checkpoints import _arguments as arguments
-from checkpoints.records import CheckpointStatus, JSONValue, ReplayMode
+from checkpoints.records import CheckpointStatus, JSONValue, PositionUpdate, ReplayMode
 from checkpoints.statements import _template as template
 from checkpoints.statements._claiming import claim
 from checkpoints.tables import (
@@ -48,6 +52,7 @@ __all__ = [
     "release_checkpoint_reservation",
     "reserve_next_available_checkpoint",
     "update_checkpoint_position",
+    "update_checkpoint_positions",
 ]
 
 
@@ -57,6 +62,7 @@ def reserve_next_available_checkpoint(
     *,
     replay_mode: ReplayMode = ReplayMode.ALL,
     subscription_names: Iterable[str] | None = None,
+    due_since: datetime | None = None,
     limit: int = 1,
 ) -> Select[int, int, str, str, int, int, int, CheckpointStatus, int | None, datetime, datetime]:
     """Reserve the checkpoints of a group that have been due longest, at most `limit`.
@@ -64,7 +70,13 @@ def reserve_next_available_checkpoint(
     A checkpoint is claimed when it is ready, its `process_at` has come, and its subscription is
     active or replays, as `replay_mode` says, and is one of `subscription_names` (None: any). The
     reservation lasts `reservation_timeout` from now. Commit at once, and process in other
-    transactions.
+    transactions. The first is of the subscription that has waited longest, and so are the others,
+    as far as it has more.
+
+    `due_since`: what was due before is not looked for (None: all is). A consumer gives the
+    `process_at` of what it took last, and so does not read the dead rows of what was taken before,
+    which stay for as long as any transaction in the database is open. It must look for all now and
+    then: a checkpoint that is released, or is scheduled for a time that is past, lies before.
 
     Rows, those due longest first: id, subscription_id, subscription_name, stream_name,
     stream_position, stream_version, retry_attempts, status, replay_target_position (None: no
@@ -79,6 +91,7 @@ def reserve_next_available_checkpoint(
             "replay_mode", replay_mode, ReplayMode
         ).subscription_statuses,
         reserve_subscription_names=_names(subscription_names),
+        reserve_due_since=None if due_since is None else arguments.moment("due_since", due_since),
         reserve_limit=arguments.limit("limit", limit),
     )
 
@@ -108,10 +121,12 @@ def _reserve() -> Select[
         checkpoints_ready.c.process_at,
         checkpoints.c.process_at <= template.statement_time(),
         checkpoints.c.reserved_until.is_(None),
-        *_is_served("reserve"),
+        is_served=_is_served("reserve"),
+        since=func.coalesce(template.timestamp("reserve_due_since"), template.LONG_AGO),
+        looks_at_head=True,
     )
     reserved = (
-        update(checkpoints)
+        template.update_checkpoints()
         .where(template.is_one_of(claimed))
         .values(reserved_until=template.statement_time() + template.duration("reserve_timeout"))
         .returning(
@@ -170,23 +185,29 @@ def get_next_process_at(
 
 @cache
 def _next_process_at() -> Select[int, datetime, timedelta]:
+    oldest = (
+        template.oldest_of_subscription(checkpoints_ready.c.process_at, subscriptions.c.id)
+        .add_columns(checkpoints_ready.c.process_at)
+        .limit(literal_column("1", Integer()))
+        .lateral("oldest")
+    )
     return (
         select(
-            checkpoints_ready.c.id,
-            checkpoints_ready.c.process_at,
-            type_coerce(
-                checkpoints_ready.c.process_at - template.statement_time(), INTERVAL()
-            ).label("due_in"),
+            oldest.c.id,
+            oldest.c.process_at,
+            type_coerce(oldest.c.process_at - template.statement_time(), INTERVAL()).label(
+                "due_in"
+            ),
         )
-        .join(checkpoints, checkpoints.c.id == checkpoints_ready.c.id)
-        .join(subscriptions, subscriptions.c.id == checkpoints.c.subscription_id)
+        .select_from(subscriptions)
         .join(
             subscription_groups, subscription_groups.c.id == subscriptions.c.subscription_group_id
         )
+        .join(oldest, true())
         .where(
             subscription_groups.c.name == template.string("next_group_name"), *_is_served("next")
         )
-        .order_by(checkpoints_ready.c.process_at)
+        .order_by(oldest.c.process_at)
         .limit(literal_column("1", Integer()))
     )
 
@@ -232,18 +253,108 @@ def update_checkpoint_position(
 @cache
 def _update() -> Select[int, int, int]:
     updated = (
-        update(checkpoints)
+        template.update_checkpoints()
         .where(*_is_held("update"))
-        .values(
-            stream_position=func.greatest(
-                checkpoints.c.stream_position, template.bigint("update_stream_position")
-            ),
-            **template.succeeded(),
-            process_at=template.due_at("update"),
-            reserved_until=null(),
-        )
+        .values(**_processed(template.bigint("update_stream_position"), template.due_at("update")))
         .returning(checkpoints.c.id, checkpoints.c.stream_version, checkpoints.c.stream_position)
         .cte("updated")
+    )
+    return select(updated.c.id, updated.c.stream_version, updated.c.stream_position)
+
+
+def _processed(
+    stream_position: ColumnElement[int], process_at: ColumnElement[datetime | None]
+) -> dict[str, Any]:
+    """The values of a checkpoint that was processed up to a position."""
+    position = func.greatest(checkpoints.c.stream_position, stream_position)
+    return {
+        "stream_position": position,
+        **template.succeeded(),
+        # As the trigger would set it, which is not called for a row that is complete.
+        "process_at": case(
+            (
+                checkpoints.c.stream_version > position,
+                func.coalesce(process_at, template.statement_time()),
+            ),
+            else_=null(),
+        ),
+        "reserved_until": null(),
+    }
+
+
+def update_checkpoint_positions(updates: Iterable[PositionUpdate]) -> Select[int, int, int]:
+    """Move many checkpoints forward and end their reservations, as `update_checkpoint_position`.
+
+    One statement for all; any number has one SQL text. Each is changed only when it is still
+    reserved until its token, whatever becomes of the others.
+
+    Rows: id, stream_version, stream_position of each that was changed. One that is missing: its
+    reservation is lost, and what was written for it must be rolled back, so with all the others of
+    the transaction. Locks the checkpoints in the common order and waits.
+
+    Raises:
+        TypeError, ValueError: an update is not a `PositionUpdate`, or a checkpoint is there twice.
+    """
+    given = arguments.instances("updates", updates, PositionUpdate)
+    seen: set[int] = set()
+    for index, position in enumerate(given):
+        if position.id in seen:
+            raise ValueError(
+                f"updates[{index}] must be another checkpoint: {position.id!r} is there twice"
+            )
+        seen.add(position.id)
+    dues = [template.due(position.process_at) for position in given]
+    return _update_many().params(
+        update_many_ids=[position.id for position in given],
+        update_many_reserved_until=[position.reserved_until for position in given],
+        update_many_stream_positions=[position.stream_position for position in given],
+        update_many_process_at=[moment for moment, _ in dues],
+        update_many_process_in=[delay for _, delay in dues],
+    )
+
+
+@cache
+def _update_many() -> Select[int, int, int]:
+    given = (
+        func.unnest(
+            template.bigints("update_many_ids"),
+            template.timestamps("update_many_reserved_until"),
+            template.bigints("update_many_stream_positions"),
+            template.timestamps("update_many_process_at"),
+            template.durations("update_many_process_in"),
+        )
+        .table_valued(
+            column("id", BigInteger),
+            column("reserved_until", template.TIMESTAMP),
+            column("stream_position", BigInteger),
+            column("process_at", template.TIMESTAMP),
+            column("process_in", INTERVAL),
+        )
+        .render_derived(name="given")
+    )
+    process_at = func.coalesce(
+        given.c.process_at, template.statement_time() + given.c.process_in
+    ).label("process_at")
+    held = template.materialized(
+        select(checkpoints.c.id, given.c.stream_position, process_at)
+        .select_from(given)
+        .join(
+            checkpoints,
+            and_(
+                checkpoints.c.id == given.c.id,
+                checkpoints.c.reserved_until == given.c.reserved_until,
+            ),
+        )
+        .order_by(checkpoints.c.subscription_id, checkpoints.c.stream_name)
+        .with_for_update(of=checkpoints, key_share=True),
+        "update_many_held",
+    )
+    updated = (
+        template.update_checkpoints()
+        .where(checkpoints.c.id == held.c.id)
+        .values(**_processed(held.c.stream_position, held.c.process_at))
+        .returning(checkpoints.c.id, checkpoints.c.stream_version, checkpoints.c.stream_position)
+        .cte("updated_many")
     )
     return select(updated.c.id, updated.c.stream_version, updated.c.stream_position)
 
@@ -295,7 +406,7 @@ def _record_error() -> Select[int, CheckpointStatus]:
         checkpoints.c.stream_position, template.bigint("error_stream_position")
     )
     errored = (
-        update(checkpoints)
+        template.update_checkpoints()
         .where(*_is_held("error"))
         .values(
             stream_position=position,
@@ -330,7 +441,7 @@ def release_checkpoint_reservation(id: int, reserved_until: datetime | None = No
 @cache
 def _release() -> Select[int]:
     released = (
-        update(checkpoints)
+        template.update_checkpoints()
         .where(*_is_held("release"))
         .values(reserved_until=null())
         .returning(checkpoints.c.id)
@@ -342,7 +453,7 @@ def _release() -> Select[int]:
 @cache
 def _release_any() -> Select[int]:
     released = (
-        update(checkpoints)
+        template.update_checkpoints()
         .where(
             checkpoints.c.id == template.bigint("release_any_id"),
             checkpoints.c.reserved_until.is_not(None),
@@ -373,7 +484,7 @@ def extend_checkpoint_reservation(
 @cache
 def _extend() -> Select[int, datetime]:
     extended = (
-        update(checkpoints)
+        template.update_checkpoints()
         .where(*_is_held("extend"))
         .values(reserved_until=template.statement_time() + template.duration("extend_timeout"))
         .returning(checkpoints.c.id, checkpoints.c.reserved_until)

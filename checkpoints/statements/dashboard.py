@@ -23,7 +23,6 @@ from sqlalchemy import (
     or_,
     select,
     union_all,
-    update,
 )
 
 from checkpoints import _arguments as arguments
@@ -406,7 +405,7 @@ def _skip() -> Select[int]:
         "skippable",
     )
     skipped = (
-        update(checkpoints)
+        template.update_checkpoints()
         .where(template.is_one_of(skippable))
         .values(
             stream_position=func.greatest(
@@ -459,7 +458,7 @@ def _schedule() -> Select[int]:
         "schedulable",
     )
     scheduled = (
-        update(checkpoints)
+        template.update_checkpoints()
         .where(template.is_one_of(schedulable))
         .values(process_at=template.due_at("schedule"))
         .returning(checkpoints.c.id)

@@ -24,7 +24,6 @@ from sqlalchemy import (
     or_,
     select,
     union_all,
-    update,
 )
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.dialects.postgresql import array as sql_array
@@ -53,6 +52,9 @@ def _violations() -> ColumnElement[list[str]]:
         "has another process_at in checkpoints_ready": and_(
             is_ready, checkpoints_ready.c.process_at != checkpoints.c.process_at
         ),
+        "has another subscription_id in checkpoints_ready": (
+            checkpoints_ready.c.subscription_id != checkpoints.c.subscription_id
+        ),
         "must not be in checkpoints_ready": and_(
             or_(unscheduled, ~unreserved), checkpoints_ready.c.id.is_not(None)
         ),
@@ -61,6 +63,9 @@ def _violations() -> ColumnElement[list[str]]:
         ),
         "has another reserved_until in checkpoints_reserved": (
             checkpoints_reserved.c.reserved_until != checkpoints.c.reserved_until
+        ),
+        "has another subscription_id in checkpoints_reserved": (
+            checkpoints_reserved.c.subscription_id != checkpoints.c.subscription_id
         ),
         "must not be in checkpoints_reserved": and_(
             unreserved, checkpoints_reserved.c.id.is_not(None)
@@ -135,7 +140,7 @@ def _repair() -> Select[int, list[str]]:
     )
     # An update of nothing: the trigger then projects the row anew, and sees what is there now.
     repaired = (
-        update(checkpoints)
+        template.update_checkpoints()
         .where(template.is_one_of(broken))
         .values(process_at=checkpoints.c.process_at)
         .returning(checkpoints.c.id)

@@ -13,7 +13,6 @@ from typing import Any
 
 from sqlalchemy import (
     CTE,
-    Column,
     ColumnElement,
     Integer,
     Select,
@@ -36,6 +35,8 @@ from checkpoints.records import SubscriptionStatus
 from checkpoints.statements import _template as template
 from checkpoints.tables import (
     checkpoints,
+    checkpoints_ready,
+    checkpoints_reserved,
     subscription_groups,
     subscription_status,
     subscriptions,
@@ -58,21 +59,13 @@ _REPLAY: ColumnElement[Any] = literal_column("'replay'", subscription_status)
 _PAUSED: ColumnElement[Any] = literal_column("'paused'", subscription_status)
 
 
-def _none_of(
-    subscription_id: ColumnElement[int], order: Column[Any], *conditions: ColumnElement[bool]
-) -> ColumnElement[bool]:
-    """That a subscription has no checkpoint of a kind, by the first in the order of an index.
+def _is_none(rows: Select[int]) -> ColumnElement[bool]:
+    """That there is no row, by the first in the order of an index.
 
     Not EXISTS, for which the order is dropped: where most rows are of that kind, by statistics
-    that may be old, it is planned as a scan of the main table.
+    that may be old, it is planned as a scan of the table.
     """
-    first = (
-        select(checkpoints.c.id)
-        .where(checkpoints.c.subscription_id == subscription_id, *conditions)
-        .order_by(checkpoints.c.subscription_id, order)
-        .limit(literal_column("1", Integer()))
-    )
-    return first.scalar_subquery().is_(None)
+    return rows.limit(literal_column("1", Integer())).scalar_subquery().is_(None)
 
 
 def pause_subscription(id: int) -> Select[int, SubscriptionStatus]:
@@ -82,8 +75,7 @@ def pause_subscription(id: int) -> Select[int, SubscriptionStatus]:
     given to consumers either, and `resume_subscription` must not start it. Reservations that run
     go on to their end, and recorders go on recording. A replay's target is kept, for resume.
 
-    The ready checkpoints stay in `checkpoints_ready`. Until revision 0.24.0 puts the subscription
-    beside them, every reserve of any group walks over those that are due.
+    The ready checkpoints stay in `checkpoints_ready`, where no reserve reads them.
 
     Rows: id, status, as it stands now. No row: there is no such subscription. Locks the
     subscription.
@@ -199,22 +191,16 @@ def _finish() -> Select[int]:
     id = template.bigint("finish_subscription_id")
     replay = subscriptions.alias("replay")
     seen = subscriptions.alias("seen")
-    # Of the main table, for the hot tables do not know the subscription yet: its partial indexes
-    # hold the same rows, and begin with it.
-    none_is_ready = _none_of(
-        id,
-        checkpoints.c.process_at,
-        checkpoints.c.process_at.is_not(None),
-        checkpoints.c.reserved_until.is_(None),
-    )
-    none_is_worked_on = _none_of(
-        id,
-        checkpoints.c.reserved_until,
-        checkpoints.c.reserved_until.is_not(None),
-        or_(
-            checkpoints.c.status != template.ACTIVE,
-            checkpoints.c.stream_version > checkpoints.c.stream_position,
-        ),
+    ready = template.oldest_of_subscription(checkpoints_ready.c.process_at, id)
+    worked_on = (
+        template.oldest_of_subscription(checkpoints_reserved.c.reserved_until, id)
+        .join(checkpoints, checkpoints.c.id == checkpoints_reserved.c.id)
+        .where(
+            or_(
+                checkpoints.c.status != template.ACTIVE,
+                checkpoints.c.stream_version > checkpoints.c.stream_position,
+            )
+        )
     )
     # Having waited for the row, PostgreSQL asks again whether it replays, but looks for checkpoints
     # with the old snapshot still. A replay that was started anew meanwhile would end at once. Its
@@ -230,8 +216,8 @@ def _finish() -> Select[int]:
         .where(
             replay.c.id == id,
             replay.c.status == _REPLAY,
-            none_is_ready,
-            none_is_worked_on,
+            _is_none(ready),
+            _is_none(worked_on),
             is_as_seen,
         )
         .with_for_update(of=replay, key_share=True),
@@ -306,7 +292,7 @@ def _reset() -> Select[int, SubscriptionStatus, list[str]]:
         "resettable",
     )
     taken_back = (
-        update(checkpoints)
+        template.update_checkpoints()
         .where(template.is_one_of(resettable))
         .values(
             stream_position=func.least(checkpoints.c.stream_position, position),
@@ -473,11 +459,16 @@ def _delete() -> Select[int, bool]:
         .with_for_update(of=subscriptions),
         "unneeded",
     )
+    first = (
+        select(checkpoints.c.id)
+        .where(checkpoints.c.subscription_id == template.bigint("delete_id"))
+        .order_by(checkpoints.c.subscription_id, checkpoints.c.stream_name)
+    )
     deleted = (
         delete(subscriptions)
         .where(
             subscriptions.c.id == select(unneeded.c.id).scalar_subquery(),
-            _none_of(template.bigint("delete_id"), checkpoints.c.stream_name),
+            _is_none(first),
         )
         .returning(subscriptions.c.id)
         .cte("deleted_subscription")

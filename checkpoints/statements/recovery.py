@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 from functools import cache
 
-from sqlalchemy import Float, Integer, Select, case, func, literal_column, null, select, update
+from sqlalchemy import Float, Integer, Select, case, func, literal_column, null, select
 from sqlalchemy.dialects.postgresql import INTERVAL, JSONB
 
 from checkpoints import _arguments as arguments
@@ -41,7 +41,7 @@ def _recover() -> Select[int]:
         checkpoints.c.reserved_until <= template.statement_time(),
     )
     recovered = (
-        update(checkpoints)
+        template.update_checkpoints()
         .where(template.is_one_of(expired))
         .values(reserved_until=null())
         .returning(checkpoints.c.id)
@@ -113,7 +113,7 @@ def _record_expired() -> Select[int, CheckpointStatus, int]:
     )
 
     recorded = (
-        update(checkpoints)
+        template.update_checkpoints()
         .where(template.is_one_of(expired))
         .values(
             reserved_until=null(),

@@ -13,6 +13,7 @@ from sqlalchemy.dialects.postgresql import insert
 from checkpoints import (
     CheckpointRecord,
     CheckpointStatus,
+    PositionUpdate,
     advance_lagging_subscription_checkpoints,
     ensure_checkpoint_exists,
     extend_checkpoint_reservation,
@@ -26,6 +27,7 @@ from checkpoints import (
     schedule_checkpoints,
     skip_checkpoints,
     update_checkpoint_position,
+    update_checkpoint_positions,
 )
 from checkpoints.tables import checkpoints, checkpoints_ready, checkpoints_reserved
 from tests.support.factories import FAR_AHEAD, GROUP, LONG_AGO, MINUTE
@@ -57,6 +59,9 @@ OPERATIONS: dict[str, Operation] = {
     "advance": lambda scene: advance_lagging_subscription_checkpoints(scene.subscription),
     "reserve": lambda _: reserve_next_available_checkpoint(GROUP, MINUTE),
     "update": lambda scene: update_checkpoint_position(scene.id, TOKEN, VERSION),
+    "update_many": lambda scene: update_checkpoint_positions(
+        [PositionUpdate(scene.id, TOKEN, VERSION)]
+    ),
     "error": lambda scene: record_checkpoint_error(
         scene.id,
         TOKEN,
@@ -105,7 +110,7 @@ OPERATIONS: dict[str, Operation] = {
 
 NEVER_WAIT = {"reserve", "recover"}
 TOKEN_GIVEN = {"reserve", "extend"}
-TOKEN_NAMED = {"update", "error", "give_up", "release", "extend"}
+TOKEN_NAMED = {"update", "update_many", "error", "give_up", "release", "extend"}
 TOKEN_ENDED = TOKEN_NAMED | {
     "release_by_operator",
     "recover",

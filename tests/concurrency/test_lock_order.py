@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 from checkpoints import (
     CheckpointRecord,
+    PositionUpdate,
     advance_lagging_subscription_checkpoints,
     record_checkpoints,
     recover_expired_checkpoint_reservations,
@@ -22,6 +23,7 @@ from checkpoints import (
     set_subscription_status,
     skip_checkpoints,
     update_checkpoint_position,
+    update_checkpoint_positions,
 )
 from checkpoints.records import SubscriptionStatus
 from checkpoints.tables import checkpoints
@@ -60,6 +62,12 @@ MANY: dict[str, Many] = {
     "skip in another order": lambda _, ids: skip_checkpoints(reversed(ids)),
     "schedule": lambda _, ids: schedule_checkpoints(ids, LONG_AGO),
     "schedule in another order": lambda _, ids: schedule_checkpoints(reversed(ids), LONG_AGO),
+    "update": lambda _, ids: update_checkpoint_positions(
+        [PositionUpdate(id, FAR_AHEAD, 3) for id in ids]
+    ),
+    "update in another order": lambda _, ids: update_checkpoint_positions(
+        [PositionUpdate(id, FAR_AHEAD, 3) for id in reversed(ids)]
+    ),
     "repair": lambda _, __: repair_checkpoints(),
 }
 
@@ -69,6 +77,8 @@ MANY: dict[str, Many] = {
 def test_waits_with_just_those_before_it_locked(stage: Stage, operation: str, at: int) -> None:
     """A waiting statement holds the rows up to the one it waits for, and none after."""
     ids = {stream: add_checkpoint(stage.observer, stage.subscription, stream) for stream in STREAMS}
+    if operation.startswith("update"):
+        stage.observer.execute(update(checkpoints).values(reserved_until=FAR_AHEAD))
     if operation == "repair":
         stage.observer.execute(text("DELETE FROM checkpoints.checkpoints_ready"))
     in_order = sorted(STREAMS)

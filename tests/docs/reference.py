@@ -27,6 +27,7 @@ BY_ACTOR: dict[str, list[str]] = {
         "reserve_next_available_checkpoint",
         "get_next_process_at",
         "update_checkpoint_position",
+        "update_checkpoint_positions",
         "record_checkpoint_error",
         "release_checkpoint_reservation",
         "extend_checkpoint_reservation",

@@ -9,11 +9,13 @@ WITH relations AS (
   SELECT oid, relname, relkind FROM pg_class
   WHERE relnamespace = to_regnamespace(quote_ident(:schema)) AND relname NOT LIKE 'alembic_version%'
 )
-SELECT concat_ws(' ', 'relation', relname, relkind, relpersistence, relrowsecurity,
+SELECT concat_ws(' ', 'relation', relname, relkind, relpersistence, relrowsecurity, reloptions,
                  quote_literal(obj_description(oid, 'pg_class')))
 FROM relations JOIN pg_class USING (oid, relname, relkind)
 UNION ALL
-SELECT concat_ws(' ', 'column', relname, attnum, attname, format_type(atttypid, atttypmod),
+SELECT concat_ws(' ', 'column', relname,
+                 row_number() OVER (PARTITION BY attrelid ORDER BY attnum), attname,
+                 format_type(atttypid, atttypmod),
                  'not null', attnotnull, 'identity', attidentity::text,
                  'generated', attgenerated::text,
                  'default', pg_get_expr(adbin, adrelid), 'collation', attcollation::regcollation,

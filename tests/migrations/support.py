@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from alembic.script import ScriptDirectory
 from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
@@ -21,6 +22,7 @@ from checkpoints import alembic_config
 from checkpoints.embedded import _binaries
 
 ROOT = Path(__file__).parents[2]
+HEAD = ScriptDirectory.from_config(alembic_config("postgresql://")).get_current_head()
 
 
 def upgrade(url: URL, revision: str = "head", *, schema: str = "checkpoints") -> None:
@@ -109,6 +111,17 @@ WAITS_FOR_THE_TABLE = """
 SELECT pid FROM pg_locks
 WHERE relation = to_regclass('checkpoints.checkpoints') AND NOT granted
   AND mode IN ('ShareRowExclusiveLock', 'AccessExclusiveLock')
+"""
+
+
+UNPROJECTED = """
+SELECT id FROM checkpoints.checkpoints AS main
+WHERE CASE WHEN reserved_until IS NULL THEN process_at END IS DISTINCT FROM (
+    SELECT process_at FROM checkpoints.checkpoints_ready WHERE id = main.id
+  )
+  OR reserved_until IS DISTINCT FROM (
+    SELECT reserved_until FROM checkpoints.checkpoints_reserved WHERE id = main.id
+  )
 """
 
 

@@ -12,7 +12,7 @@ from sqlalchemy import URL, text
 
 from checkpoints import alembic_config
 from tests.migrations.catalogue import fingerprint
-from tests.migrations.support import ROOT, alembic, downgrade, engine_of, fill, psql, upgrade
+from tests.migrations.support import HEAD, ROOT, alembic, downgrade, engine_of, fill, psql, upgrade
 from tests.support.factories import violations
 
 REVISIONS = sorted((ROOT / "alembic" / "versions").glob("*.py"))
@@ -92,14 +92,14 @@ def test_an_ini_of_one_section_is_enough(database_url: URL, tmp_path: Path) -> N
     done = alembic("upgrade", "head", ini=ini, DATABASE_URL=shown(database_url))
     assert done.returncode == 0, done.stderr
     current = alembic("current", ini=ini, DATABASE_URL=shown(database_url))
-    assert "0.23.0 (head)" in current.stdout
+    assert f"{HEAD} (head)" in current.stdout
 
 
 def test_the_url_on_the_command_line_comes_before_the_variable(database_url: URL) -> None:
     done = alembic("-x", f"url={shown(database_url)}", "upgrade", "head", DATABASE_URL="nonsense")
     assert done.returncode == 0, done.stderr
     assert alembic("current", DATABASE_URL=shown(database_url)).stdout.split() == [
-        "0.23.0",
+        HEAD,
         "(head)",
     ]
 
@@ -159,7 +159,7 @@ def test_the_printed_script_does_what_the_migration_does(
     with engine_of(database_url) as engine, engine.connect() as connection:
         run("upgrade", "head")
         assert fingerprint(connection, schema) == head
-        run("downgrade", "0.23.0:0.22.0")
+        run("downgrade", f"{HEAD}:0.22.0")
         assert fingerprint(connection, schema) == single
         fill(connection, 12_000, schema=schema.replace('"', '""'))
         run("upgrade", "0.22.0:head")
@@ -168,8 +168,8 @@ def test_the_printed_script_does_what_the_migration_does(
         assert violations(translated) == []
         connection.rollback()
         done = alembic("-x", f"url={shown(database_url)}", "-x", f"schema={schema}", "current")
-        assert done.stdout == "0.23.0 (head)\n"
-        run("downgrade", "0.23.0:base")
+        assert done.stdout == f"{HEAD} (head)\n"
+        run("downgrade", f"{HEAD}:base")
         assert fingerprint(connection, schema) == []
 
 

@@ -1,4 +1,7 @@
-SELECT checkpoints.checkpoints_ready.id, checkpoints.checkpoints_ready.process_at, checkpoints.checkpoints_ready.process_at - statement_timestamp() AS due_in
-FROM checkpoints.checkpoints_ready JOIN checkpoints.checkpoints ON checkpoints.checkpoints.id = checkpoints.checkpoints_ready.id JOIN checkpoints.subscriptions ON checkpoints.subscriptions.id = checkpoints.checkpoints.subscription_id JOIN checkpoints.subscription_groups ON checkpoints.subscription_groups.id = checkpoints.subscriptions.subscription_group_id
-WHERE checkpoints.subscription_groups.name = %(next_group_name)s::VARCHAR AND checkpoints.subscriptions.status = ANY (%(next_subscription_statuses)s::checkpoints.subscription_status[]) AND (%(next_subscription_names)s::TEXT[] IS NULL OR checkpoints.subscriptions.name = ANY (%(next_subscription_names)s::TEXT[])) ORDER BY checkpoints.checkpoints_ready.process_at
+SELECT oldest.id, oldest.process_at, oldest.process_at - statement_timestamp() AS due_in
+FROM checkpoints.subscriptions JOIN checkpoints.subscription_groups ON checkpoints.subscription_groups.id = checkpoints.subscriptions.subscription_group_id JOIN LATERAL (SELECT checkpoints.checkpoints_ready.id AS id, checkpoints.checkpoints_ready.process_at AS process_at
+FROM checkpoints.checkpoints_ready
+WHERE (checkpoints.checkpoints_ready.subscription_id, checkpoints.checkpoints_ready.process_at) >= (checkpoints.subscriptions.id, '-infinity'::timestamptz) AND (checkpoints.checkpoints_ready.subscription_id, checkpoints.checkpoints_ready.process_at) <= (checkpoints.subscriptions.id, 'infinity'::timestamptz) ORDER BY checkpoints.checkpoints_ready.subscription_id, checkpoints.checkpoints_ready.process_at
+ LIMIT 1) AS oldest ON true
+WHERE checkpoints.subscription_groups.name = %(next_group_name)s::VARCHAR AND checkpoints.subscriptions.status = ANY (%(next_subscription_statuses)s::checkpoints.subscription_status[]) AND (%(next_subscription_names)s::TEXT[] IS NULL OR checkpoints.subscriptions.name = ANY (%(next_subscription_names)s::TEXT[])) ORDER BY oldest.process_at
  LIMIT 1

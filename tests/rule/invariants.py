@@ -8,14 +8,15 @@ from sqlalchemy import Connection
 # too.
 BROKEN = """
 WITH ready AS (
-  SELECT id, process_at FROM checkpoints.checkpoints_ready
+  SELECT id, subscription_id, process_at FROM checkpoints.checkpoints_ready
 ), reserved AS (
-  SELECT id, reserved_until FROM checkpoints.checkpoints_reserved
+  SELECT id, subscription_id, reserved_until FROM checkpoints.checkpoints_reserved
 ), claimable AS (
-  SELECT id, process_at FROM checkpoints.checkpoints
+  SELECT id, subscription_id, process_at FROM checkpoints.checkpoints
   WHERE process_at IS NOT NULL AND reserved_until IS NULL
 ), claimed AS (
-  SELECT id, reserved_until FROM checkpoints.checkpoints WHERE reserved_until IS NOT NULL
+  SELECT id, subscription_id, reserved_until FROM checkpoints.checkpoints
+  WHERE reserved_until IS NOT NULL
 )
 SELECT 'ready, and should not be', id FROM (TABLE ready EXCEPT TABLE claimable) AS wrong
 UNION ALL

@@ -22,14 +22,22 @@ BROKEN = {
         "UPDATE checkpoints_ready SET process_at = process_at + interval '1s' WHERE id = :ready"
     ),
     "must not be in checkpoints_ready": (
-        "INSERT INTO checkpoints_ready (id, process_at) VALUES (:reserved, now())"
+        "INSERT INTO checkpoints_ready (id, process_at, subscription_id)"
+        " VALUES (:reserved, now(), 1)"
     ),
     "is missing in checkpoints_reserved": "DELETE FROM checkpoints_reserved WHERE id = :reserved",
     "has another reserved_until in checkpoints_reserved": (
         "UPDATE checkpoints_reserved SET reserved_until = now() WHERE id = :reserved"
     ),
     "must not be in checkpoints_reserved": (
-        "INSERT INTO checkpoints_reserved (id, reserved_until) VALUES (:idle, now())"
+        "INSERT INTO checkpoints_reserved (id, reserved_until, subscription_id)"
+        " VALUES (:idle, now(), 1)"
+    ),
+    "has another subscription_id in checkpoints_ready": (
+        "UPDATE checkpoints_ready SET subscription_id = 99 WHERE id = :ready"
+    ),
+    "has another subscription_id in checkpoints_reserved": (
+        "UPDATE checkpoints_reserved SET subscription_id = 99 WHERE id = :reserved"
     ),
 }
 

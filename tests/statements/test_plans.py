@@ -73,6 +73,8 @@ ON_THE_HOT_PATH = [
     "record_checkpoints",
     "reserve_next_available_checkpoint",
     "update_checkpoint_position",
+    "update_checkpoint_positions",
+    "advance_lagging_subscription_checkpoints",
     "record_checkpoint_error",
     "release_checkpoint_reservation",
     "extend_checkpoint_reservation",
@@ -104,8 +106,11 @@ def test_never_scans_the_main_table(filled: Engine, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "index"),
     [
-        ("reserve_next_available_checkpoint", "ix_checkpoints_ready_process_at"),
-        ("recover_expired_checkpoint_reservations", "ix_checkpoints_reserved_reserved_until"),
+        ("reserve_next_available_checkpoint", "ix_checkpoints_ready_subscription_id_process_at"),
+        (
+            "recover_expired_checkpoint_reservations",
+            "ix_checkpoints_reserved_subscription_id_reserved_until",
+        ),
     ],
 )
 def test_walks_the_hot_table_by_its_time(filled: Engine, name: str, index: str) -> None:
@@ -113,8 +118,10 @@ def test_walks_the_hot_table_by_its_time(filled: Engine, name: str, index: str) 
     with filled.connect() as connection:
         plan = generic_plan(connection, name)
     assert f"Index Scan using {index}" in plan, plan
-    claimed = plan[plan.index("LockRows") :].partition("CTE")[0]
-    assert "Sort" not in claimed, plan
+    by_subscription = plan[plan.rindex(index) :].partition("CTE")[0]
+    assert "LockRows" in by_subscription, plan
+    assert "Sort" not in by_subscription, plan
+    assert "Bitmap" not in plan, plan
 
 
 @pytest.mark.parametrize(
@@ -137,6 +144,7 @@ def test_a_batch_stops_at_its_limit(filled: Engine, name: str, index: str) -> No
 def test_the_end_of_a_replay_is_looked_up_by_subscription(filled: Engine) -> None:
     with filled.connect() as connection:
         plan = generic_plan(connection, "finish_replay")
-    for index in ("ix_checkpoints_claimable", "ix_checkpoints_reservations"):
-        assert f"Index Scan using {index}" in plan, plan
-    assert plan.count("Index Cond: (subscription_id = $") == 2, plan
+    for table, time in (("ready", "process_at"), ("reserved", "reserved_until")):
+        index = f"ix_checkpoints_{table}_subscription_id_{time}"
+        assert re.search(rf"Index (Only )?Scan using {index}", plan), plan
+        assert f"Index Cond: ((ROW(subscription_id, {time}) >= ROW($1" in plan, plan

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import Select
 
 import checkpoints
-from checkpoints import CheckpointRecord, CheckpointStatus, SubscriptionStatus
+from checkpoints import CheckpointRecord, CheckpointStatus, PositionUpdate, SubscriptionStatus
 
 TOKEN = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 TIMEOUT = timedelta(seconds=30)
@@ -22,6 +22,9 @@ SAMPLES: dict[str, Select[*tuple[Any, ...]]] = {
         "accounts", TIMEOUT
     ),
     "update_checkpoint_position": checkpoints.update_checkpoint_position(1, TOKEN, 3),
+    "update_checkpoint_positions": checkpoints.update_checkpoint_positions(
+        [PositionUpdate(1, TOKEN, 3), PositionUpdate(2, TOKEN, 4, TOKEN)]
+    ),
     "record_checkpoint_error": checkpoints.record_checkpoint_error(
         1,
         TOKEN,

@@ -1,0 +1,7 @@
+WITH update_many_held AS MATERIALIZED
+(SELECT checkpoints.checkpoints.id AS id, given.stream_position AS stream_position, coalesce(given.process_at, statement_timestamp() + given.process_in) AS process_at
+FROM unnest(%(update_many_ids)s::BIGINT[], %(update_many_reserved_until)s::TIMESTAMP WITH TIME ZONE[], %(update_many_stream_positions)s::BIGINT[], %(update_many_process_at)s::TIMESTAMP WITH TIME ZONE[], %(update_many_process_in)s::INTERVAL[]) AS given(id, reserved_until, stream_position, process_at, process_in) JOIN checkpoints.checkpoints ON checkpoints.checkpoints.id = given.id AND checkpoints.checkpoints.reserved_until = given.reserved_until ORDER BY checkpoints.checkpoints.subscription_id, checkpoints.checkpoints.stream_name FOR NO KEY UPDATE OF checkpoints),
+updated_many AS
+(UPDATE checkpoints.checkpoints SET stream_position=greatest(checkpoints.checkpoints.stream_position, update_many_held.stream_position), status='active', retry_attempts=0, retries=NULL, process_at=CASE WHEN (checkpoints.checkpoints.stream_version > greatest(checkpoints.checkpoints.stream_position, update_many_held.stream_position)) THEN coalesce(update_many_held.process_at, statement_timestamp()) ELSE NULL END, reserved_until=NULL, updated_at=statement_timestamp() FROM update_many_held WHERE checkpoints.checkpoints.id = update_many_held.id RETURNING checkpoints.checkpoints.id, checkpoints.checkpoints.stream_version, checkpoints.checkpoints.stream_position)
+ SELECT updated_many.id, updated_many.stream_version, updated_many.stream_position
+FROM updated_many
