@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import Select, make_url
 
 import checkpoints
-from checkpoints import CheckpointRecord
+from checkpoints import CheckpointRecord, PositionUpdate
 
 __all__ = ["GROUP", "SQL", "TIMEOUT", "Text", "Texts", "texts"]
 
@@ -53,10 +53,11 @@ class Texts:
 def texts(design: str, limit: int = 1) -> Texts:
     """The statements of "head" (the toolkit's own), "0.22.0", "0.23.0" or "two tables"."""
     if design == "head":
+        update = PositionUpdate(_ID, _TOKEN, _POSITION)
         return Texts(
             _compiled(checkpoints.reserve_next_available_checkpoint(GROUP, TIMEOUT, limit=limit)),
             _compiled(checkpoints.update_checkpoint_position(_ID, _TOKEN, _POSITION)),
-            _update_many(),
+            _compiled(checkpoints.update_checkpoint_positions([update])),
             _compiled(
                 checkpoints.record_checkpoints([CheckpointRecord(_ID, "s", _VERSION, _POSITION)])
             ),
@@ -106,14 +107,6 @@ def _frozen_many(file: Path) -> Text | None:
         "positions": "update_stream_positions",
     }
     return _optional(file, names)
-
-
-def _update_many() -> Text | None:
-    build = getattr(checkpoints, "update_checkpoint_positions", None)
-    record = getattr(checkpoints, "PositionUpdate", None)
-    if build is None or record is None:
-        return _frozen_many(SQL / "update_many.sql")
-    return _compiled(build([record(_ID, _TOKEN, _POSITION)]))
 
 
 def _compiled(statement: Select[*tuple[Any, ...]]) -> Text:

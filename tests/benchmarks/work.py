@@ -12,8 +12,7 @@ from typing import Any, TypedDict
 import psycopg
 from sqlalchemy import Connection, Engine, create_engine, make_url
 
-import checkpoints
-from checkpoints import Checkpoints, Reservation
+from checkpoints import Checkpoints, PositionUpdate, Reservation
 from checkpoints.runtime import Consumer
 from tests.benchmarks.texts import GROUP, TIMEOUT, Text, texts
 
@@ -111,17 +110,14 @@ def _engine(job: Job) -> Iterator[Engine]:
 
 def _moved(api: Checkpoints, found: list[Reservation], ending: bool) -> int:
     """Update the positions of reservations, each by a statement or all by one."""
-    many = getattr(api, "update_checkpoint_positions", None)
-    record: Any = getattr(checkpoints, "PositionUpdate", None)
-
-    def position(reserved: Reservation) -> int:
-        return reserved.stream_version if ending else reserved.stream_position + 1
-
-    if many is None or len(found) == 1:
-        for reserved in found:
-            api.update_checkpoint_position(reserved, position(reserved))
-        return len(found)
-    return len(many([record(each.id, each.reserved_until, position(each)) for each in found]))
+    moves = [
+        (reserved, reserved.stream_version if ending else reserved.stream_position + 1)
+        for reserved in found
+    ]
+    if len(moves) == 1:
+        api.update_checkpoint_position(*moves[0])
+        return 1
+    return len(api.update_checkpoint_positions([PositionUpdate.of(*move) for move in moves]))
 
 
 @contextmanager
