@@ -11,9 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import psycopg
-from sqlalchemy import make_url
-
 from tests.benchmarks.load import Clients, add_checkpoints, add_subscription, vacuum
 from tests.benchmarks.plan import Plan
 from tests.benchmarks.results import Say, Series
@@ -51,7 +48,7 @@ def run(server: Server, clients: Clients, plan: Plan, say: Say) -> list[Series]:
         ):
             series.append(growth.of_copies(base, axis, plan.subscriptions, fill))
         series.append(growth.clients_of(base, where))
-        series.append(growth.held(base, where))
+        series += growth.held(base, where)
         series.append(growth.recording(base))
     finally:
         server.drop(base)
@@ -88,36 +85,40 @@ class _Growth:
         }
         return self._series("clients", f"clients: {where}", contestants)
 
-    def held(self, url: str, where: str) -> Series:
+    def held(self, url: str, where: str) -> list[Series]:
         """A transaction that is held open, so that no dead row can be removed.
 
-        Before, during and after cannot be interleaved: they are in this order, in one round.
+        Before, during and after cannot be interleaved: they are in this order, in one round. In
+        each phase clients that look from the beginning, and such that pass `due_since`, take turns.
         """
         plan = self._plan
         self._say("growth: a transaction held open")
-        slice_seconds = max(plan.seconds, plan.held_seconds / 10)
+        found: dict[str, dict[str, list[float]]] = {"": {}, ", with due_since": {}}
 
-        def rate() -> float:
-            return self._clients.rate(
-                _job(url), plan.grown_clients, seconds=slice_seconds, warm_up=plan.warm_up
-            )
+        def rates(phase: str) -> None:
+            for variant, samples in found.items():
+                job = _job(url)
+                job["floor"] = variant != ""
+                samples[phase] = [self._measure(job, plan.grown_clients, plan.held_seconds / 20)]
 
-        before = rate()
-        samples = {"before": [before]}
-        libpq = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
-        with psycopg.connect(libpq) as holder:
-            holder.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+        rates("before")
+        with connect(url) as holder:
+            holder.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
             holder.execute("SELECT count(*) FROM checkpoints.subscriptions")
             begun = time.monotonic()
-            while (held := time.monotonic() - begun) < plan.held_seconds or len(samples) == 1:
-                value = rate()
-                samples[f"held for {held:.0f} s"] = [value]
-            holder.rollback()
-        samples["after"] = [rate()]
+            held = 0.0
+            while held < plan.held_seconds:
+                rates(f"held for {held:.0f} s")
+                held = time.monotonic() - begun
+            holder.execute("ROLLBACK")
+        rates("after")
         vacuum(url)
-        samples["after VACUUM"] = [rate()]
+        rates("after VACUUM")
         title = f"a transaction held open: {where}, {_clients(plan.grown_clients)}"
-        return Series(PART, title, "cycles/s", "before", samples)
+        return [
+            Series(PART, f"{title}{variant}", "cycles/s", "before", samples)
+            for variant, samples in found.items()
+        ]
 
     def recording(self, url: str) -> Series:
         """Checkpoints recorded in one call."""
@@ -165,8 +166,10 @@ class _Growth:
                 self._server.drop(url)
 
     def _rate(self, url: str, number: int) -> float:
-        plan = self._plan
-        return self._clients.rate(_job(url), number, seconds=plan.seconds, warm_up=plan.warm_up)
+        return self._measure(_job(url), number, self._plan.seconds)
+
+    def _measure(self, job: Job, number: int, seconds: float) -> float:
+        return self._clients.rate(job, number, seconds=seconds, warm_up=self._plan.warm_up)
 
     def _series(
         self, axis: str, title: str, contestants: Mapping[str, Callable[[], float]]

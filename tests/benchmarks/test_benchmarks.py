@@ -178,6 +178,14 @@ def test_what_clients_count_is_what_the_database_has(
     assert ready == 40
 
 
+def test_with_due_since_nothing_is_forgotten(url: str, clients: Clients) -> None:
+    """One client goes round: the floor of what it took is behind what becomes ready again."""
+    (subscription,) = add_subscription(url, "work")
+    add_checkpoints(url, [subscription], 20, ready=20)
+    job = Job(work="psycopg", url=url, design="head", floor=True)
+    assert clients.calls(job, 100, warm_up=0) == [1] * 100
+
+
 @pytest.mark.parametrize("work", ["transactions", "consumer"])
 def test_a_drain_of_two_processes_does_each_once(
     engine: Engine, url: str, clients: Clients, work: str

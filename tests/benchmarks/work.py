@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 from typing import Any, TypedDict
 
 import psycopg
@@ -17,6 +18,9 @@ from checkpoints.runtime import Consumer
 from tests.benchmarks.texts import GROUP, TIMEOUT, Text, texts
 
 __all__ = ["Job", "Step", "connect", "step_of"]
+
+_LATE = timedelta(milliseconds=200)
+_AGAIN_SECONDS = 1.0
 
 Step = Callable[[], int]
 """Does one transaction or cycle; how many checkpoints it really moved, 0 when there was none."""
@@ -31,6 +35,8 @@ class Job(TypedDict, total=False):
     batch: int
     ending: bool
     """Whether the position goes up to the version, so that nothing is left to do."""
+    floor: bool
+    """Whether `due_since` follows what was taken; see `_Floor`."""
     size: int
     subscription_id: int
     first: int
@@ -70,9 +76,16 @@ def _psycopg(job: Job) -> Iterator[Step]:
         further = 0 if ending else 1
         takes_position = "position" in update.names
 
+        floor = _Floor(at["process_at"]) if job.get("floor", False) else None
+
         def one() -> int:
             moved = 0
-            for row in run(reserve, bound):
+            if floor is not None:
+                bound["reserve_due_since"] = floor.since()
+            rows = run(reserve, bound)
+            if floor is not None:
+                floor.took(rows)
+            for row in rows:
                 values = {"id": row[id], "token": row[token]}
                 if takes_position:
                     values["position"] = row[position] + further
@@ -92,6 +105,28 @@ def _psycopg(job: Job) -> Iterator[Step]:
             return len(run(many, many.bound(**{key: values[key] for key in many.names})))
 
         yield one if batch == 1 else together
+
+
+class _Floor:
+    """Since when what is looked for has been due, so that a reservation passes over no dead rows.
+
+    A little before the newest that was taken, for others commit late; from the beginning again
+    when nothing is found, and now and then.
+    """
+
+    def __init__(self, process_at: int) -> None:
+        self._process_at = process_at
+        self._newest: datetime | None = None
+        self._again = 0.0
+
+    def since(self) -> datetime | None:
+        if time.monotonic() >= self._again:
+            self._again = time.monotonic() + _AGAIN_SECONDS
+            self._newest = None
+        return self._newest and self._newest - _LATE
+
+    def took(self, rows: Sequence[Sequence[Any]]) -> None:
+        self._newest = max((row[self._process_at] for row in rows), default=None)
 
 
 def _nobody(reserve: Text) -> dict[str, Any]:
