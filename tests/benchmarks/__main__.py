@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from checkpoints.embedded import ServerUnavailable, available_majors
@@ -59,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     plan = QUICK if given.quick else FULL
     if given.rounds is not None:
-        plan = replace(plan, rounds=given.rounds)
+        plan = plan.with_rounds(given.rounds)
     if given.largest is not None:
         plan = plan.with_largest(given.largest)
     begun = time.monotonic()

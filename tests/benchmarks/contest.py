@@ -149,22 +149,20 @@ def _cases(plan: Plan) -> Sequence[_Case]:
         return f"{number} process{'es' * (number > 1)}"
 
     most = max(plan.processes)
-    drain, single = f"drain {plan.items:,} items", "one at a time"
-    cases = [
-        _Case(f"{how}, {of(number)}", number, None, how == drain)
-        for how in (drain, single)
-        for number in plan.processes
-    ]
+    drain = f"drain {plan.items:,} items"
     names = {"foreign": "of another queue", "paused": "paused"}
-    return cases + [
-        _Case(
-            f"{how}, {of(most)}, {plan.other_items:,} items {names[others]} waiting",
-            most,
-            others,
-            how == drain,
-        )
-        for others in plan.others
-        for how in ((drain, single) if plan.singles_among_others else (drain,))
+    return [
+        *(_Case(f"{drain}, {of(number)}", number, None, True) for number in plan.processes),
+        *(_Case(f"one at a time, {of(number)}", number, None, False) for number in plan.processes),
+        *(
+            _Case(
+                f"{drain}, {of(most)}, {plan.other_items:,} items {names[others]} waiting",
+                most,
+                others,
+                True,
+            )
+            for others in plan.others
+        ),
     ]
 
 

@@ -116,7 +116,7 @@ def _recording(
             first=1,
             streams=_streams(plan),
         )
-        return statistics.median(clients.calls(job, plan.record_calls, warm_up=6)) / 1000
+        return statistics.median(clients.calls(job, plan.calls(size), warm_up=6)) / 1000
 
     title = f"record {size:,}"
     say(f"designs: {title}")

@@ -139,7 +139,7 @@ class _Growth:
                 first=1,
                 streams=streams,
             )
-            taken = self._clients.calls(job, plan.record_calls, warm_up=6)
+            taken = self._clients.calls(job, plan.calls(size), warm_up=6)
             return size * len(taken) / sum(taken) * 1e6
 
         contestants = {f"{size:,}": partial(measure, size) for size in plan.sizes}

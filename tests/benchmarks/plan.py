@@ -47,10 +47,17 @@ class Plan:
     processes: tuple[int, ...]
     others: tuple[Literal["foreign", "paused"], ...]
     """What else may wait, at the most processes."""
-    singles_among_others: bool
     peer_rounds: int
     peer_limit: float
     """After so many seconds a drain is given up; its rate until then is what counts."""
+
+    def calls(self, size: int) -> int:
+        """How many calls are timed that record so many: of small ones, more."""
+        return self.record_calls * (10 if size < 100 else 1)
+
+    def with_rounds(self, rounds: int) -> Plan:
+        """With so many rounds in every part."""
+        return replace(self, rounds=rounds, peer_rounds=rounds)
 
     def with_largest(self, largest: int) -> Plan:
         """Also with so many checkpoints in all."""
@@ -80,13 +87,12 @@ FULL = Plan(
     many_clients=(1, 2, 4, 8, 16, 32),
     held_seconds=60.0,
     sizes=(1, 10, 100, 1_000, 10_000),
-    items=50_000,
+    items=20_000,
     other_items=200_000,
     processes=(1, 4),
     others=("foreign", "paused"),
-    singles_among_others=True,
     peer_rounds=3,
-    peer_limit=15.0,
+    peer_limit=6.0,
 )
 
 QUICK = replace(
@@ -112,7 +118,6 @@ QUICK = replace(
     other_items=5_000,
     processes=(2,),
     others=("foreign",),
-    singles_among_others=False,
     peer_rounds=1,
     peer_limit=5.0,
 )
