@@ -30,15 +30,24 @@ _ROOT = Path(__file__).parents[2]
 _RESULTS = "results.json"
 
 
-def measure(server: Server, plan: Plan, parts: list[str], say: Say) -> Results:
-    """Run parts of the benchmark on a server."""
+def measure(
+    server: Server, plan: Plan, parts: list[str], say: Say, keep: Callable[[Results], None]
+) -> Results:
+    """Run parts of the benchmark on a server; what there is after each part is kept."""
     results = Results(environment(server, plan.name, plan.rounds), [])
     if contest.PART in parts:
         results.environment["peers"] = contest.versions()
     with Clients() as clients:
         for part in parts:
             results.series += PARTS[part](server, clients, plan, say)
+            keep(results)
     return results
+
+
+def keep_in(results: Results, folder: Path) -> None:
+    """Write the samples, the page and the charts."""
+    write(results, folder / _RESULTS)
+    publish(results, folder)
 
 
 def publish(results: Results, folder: Path) -> None:
@@ -70,12 +79,10 @@ def main(arguments: list[str] | None = None) -> int:
     parts = [part for part in PARTS if part in (given.only or PARTS)]
     try:
         with durable_server(given.url, given.postgres_major) as server:
-            results = measure(server, plan, parts, say)
+            measure(server, plan, parts, say, lambda results: keep_in(results, folder))
     except (ServerUnavailable, NotDurable, ClientFailed) as error:
         print(error, file=sys.stderr)
         return 1
-    write(results, folder / _RESULTS)
-    publish(results, folder)
     say(f"done: {folder / 'results.md'}")
     return 0
 

@@ -112,12 +112,16 @@ def run(server: Server, clients: Clients, plan: Plan, say: Say) -> list[Series]:
     prepared: dict[tuple[str, Kind | None], str] = {}
     try:
         for others in (None, *plan.others):
-            for contestant in contestants:
+            for contestant in list(contestants):
                 say(f"peers: preparing {contestant.name} with {others or 'no'} others")
                 url = prepared[contestant.name, others] = server.create(None)
-                contestant.prepare(url)
-                if others:
-                    contestant.add(url, plan.other_items, others)
+                try:
+                    contestant.prepare(url)
+                    if others:
+                        contestant.add(url, plan.other_items, others)
+                except failures as error:
+                    missing[contestant.name] = _said(error)
+                    contestants.remove(contestant)
         return [
             _measured(server, plan, say, case, contestants, prepared, missing, failures)
             for case in _cases(plan)
@@ -190,7 +194,7 @@ def _measured(
                 series.samples.setdefault(name, []).append(rate)
             except (failures, ClientFailed) as error:
                 series.samples.pop(name, None)
-                series.missing[name] = f"{case.title}: {' '.join(str(error).split())[:300]}"
+                series.missing[name] = f"{case.title}: {_said(error)}"
             finally:
                 server.drop(url)
     series.samples = {name: series.samples[name] for name in by_name if name in series.samples}
@@ -214,3 +218,8 @@ def _once(server: Server, plan: Plan, case: _Case, contestant: Contestant, url: 
         if not done or not seconds:
             raise
         return float(done / seconds)
+
+
+def _said(error: Exception) -> str:
+    """An error on one line of the report."""
+    return " ".join(str(error).split())[:300]
