@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from datetime import timedelta
 from socket import SHUT_RDWR, socket
@@ -41,6 +42,11 @@ class Holding:
         """Use the token no more."""
         self.over = True
 
+    def start_anew(self) -> None:
+        """What its handler did was rolled back, and it is to run again."""
+        self.started_at = None
+        self.finished = False
+
     def check(self) -> None:
         """Raise unless the token may still be used."""
         if self.over or self.abandoned:
@@ -73,6 +79,7 @@ class Held(Holding):
         super().__init__(reservation, reservation_timeout)
         self.lock = threading.Lock()
         self.worker: threading.Thread | None = None
+        self.bundle: Bundle | None = None
         self._over = threading.Event()
         self._guard = threading.Lock()
         self._connection: Connection | None = None
@@ -112,6 +119,24 @@ class Held(Holding):
                 sever(connection)
         finally:
             self.lock.release()
+
+
+class Bundle:
+    """Held checkpoints that one worker has: their handlers run in one transaction if all goes well.
+
+    `left` is what the dispatcher has not heard of yet.
+    """
+
+    def __init__(self, helds: Iterable[Held]) -> None:
+        self.helds = tuple(helds)
+        self.left = set(self.helds)
+        for held in self.helds:
+            held.bundle = self
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether its worker hung, and must do no more with any of it."""
+        return any(held.abandoned for held in self.helds)
 
 
 def sever(connection: Connection | None) -> None:

@@ -6,9 +6,10 @@ The functions of a connection block; the asyncio consumer calls them by `run_syn
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from enum import Enum, auto
 from functools import wraps
 from typing import ParamSpec, Self
@@ -20,6 +21,7 @@ from checkpoints.records import (
     CheckpointStatus,
     ExpiredReservation,
     JSONValue,
+    PositionUpdate,
     Reservation,
     SubscriptionStatus,
 )
@@ -37,6 +39,9 @@ RECOVERED_AT_ONCE = 100
 # After so many in a row, one counts as the handler's error.
 _CONFLICTS = 20
 _BROKEN = 5
+
+_LOOKS_FOR_ALL_AFTER = 0.5
+_COMMITTED_LATE = timedelta(milliseconds=200)
 
 
 class Goal(Enum):
@@ -156,20 +161,57 @@ def check_start(
     log_unknown(group, there, names)
 
 
+class DueSince:
+    """Since when a consumer looks for what is due: since the oldest that it took the last time.
+
+    What was taken before that leaves dead rows at the head of the index, which cannot be removed
+    while any transaction in the database is open. Now and then it looks for all: what is released,
+    scheduled for a time that is past, or resumed lies before.
+    """
+
+    def __init__(self) -> None:
+        self._moment: datetime | None = None
+        self._looks_for_all_at = 0.0
+
+    def next(self) -> datetime | None:
+        """For the next reserve; None: look for all."""
+        now = time.monotonic()
+        if now >= self._looks_for_all_at:
+            self._looks_for_all_at = now + _LOOKS_FOR_ALL_AFTER
+            return None
+        return self._moment
+
+    def took(self, reserved: Sequence[Reservation]) -> None:
+        """What the reserve gave."""
+        # Transactions that began before, and commit later, may make older ones ready.
+        self._moment = min(one.process_at for one in reserved) - _COMMITTED_LATE
+
+
 def reserve(
-    connection: Connection, settings: ConsumerSettings, names: Collection[str] | None, limit: int
+    connection: Connection,
+    settings: ConsumerSettings,
+    names: Collection[str] | None,
+    since: DueSince,
+    limit: int,
 ) -> tuple[list[Reservation], timedelta | None]:
     """Reserve; when nothing is to be had, say when the next is due."""
     checkpoints = Checkpoints(connection)
-    reserved = checkpoints.reserve_next_available_checkpoint(
-        settings.group,
-        settings.reservation_timeout,
-        replay_mode=settings.replay_mode,
-        subscription_names=names,
-        limit=limit,
-    )
-    if reserved:
-        return reserved, None
+    due_since = since.next()
+    while True:
+        reserved = checkpoints.reserve_next_available_checkpoint(
+            settings.group,
+            settings.reservation_timeout,
+            replay_mode=settings.replay_mode,
+            subscription_names=names,
+            due_since=due_since,
+            limit=limit,
+        )
+        if reserved:
+            since.took(reserved)
+            return reserved, None
+        if due_since is None:
+            break
+        due_since = None
     return reserved, checkpoints.get_next_process_at(
         settings.group, replay_mode=settings.replay_mode, subscription_names=names
     )
@@ -182,11 +224,31 @@ def update(
     settings: ConsumerSettings,
 ) -> None:
     """Move the checkpoint to what the handler answered."""
+    new = _position_update(reservation, position, settings)
+    Checkpoints(connection).update_checkpoint_position(
+        reservation, new.stream_position, process_at=new.process_at
+    )
+
+
+def update_many(
+    connection: Connection,
+    done: Sequence[tuple[Reservation, int | None]],
+    settings: ConsumerSettings,
+) -> None:
+    """Move checkpoints to what their handlers answered."""
+    Checkpoints(connection).update_checkpoint_positions(
+        [_position_update(reservation, position, settings) for reservation, position in done]
+    )
+
+
+def _position_update(
+    reservation: Reservation, position: int | None, settings: ConsumerSettings
+) -> PositionUpdate:
     pause = None
     if isinstance(position, int) and position <= reservation.stream_position:
         # It made no progress: else it came back at once, for ever.
         pause = settings.poll_interval
-    Checkpoints(connection).update_checkpoint_position(
+    return PositionUpdate.of(
         reservation,
         reservation.stream_version if position is None else position,
         process_at=pause,

@@ -1,16 +1,17 @@
-"""Runs one handler: its transaction, its errors, and what to do after each."""
+"""Runs handlers: their transactions, their errors, and what to do after each."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from sqlalchemy import Connection, Engine
 
-from checkpoints.errors import ReservationLost
+from checkpoints.errors import ReservationLost, ReservationsLost
 from checkpoints.runtime import _outcomes as outcomes
-from checkpoints.runtime._held import Held
+from checkpoints.runtime._held import Bundle, Held
 from checkpoints.runtime._outage import Backoff, OutageLog, is_outage, is_passing
 from checkpoints.runtime._outcomes import Attempt, Failure
 from checkpoints.runtime.settings import ConsumerSettings, OutsideTransaction
@@ -58,6 +59,96 @@ class Worker:
             held.finished = True
             if not held.abandoned:
                 held.end()
+
+    def process_all(self, bundle: Bundle) -> Iterator[Held]:
+        """Run the handlers of a bundle; each of it, when it is done."""
+        if len(bundle.helds) > 1 and self._process_together(bundle.helds):
+            yield from bundle.helds
+            return
+        for held in bundle.helds:
+            if bundle.is_given_up:
+                return
+            # It may have been lost, or its error recorded, when it ran with the others.
+            if not held.over:
+                self.process(held)
+            yield held
+
+    def _process_together(self, helds: Sequence[Held]) -> bool:
+        """Run handlers one after the other, and commit for all or for none; whether for all."""
+        running: Held | None = None
+        try:
+            with self._engine.connect() as connection:
+                try:
+                    transaction = connection.begin()
+                    positions: list[int | None] = []
+                    for held in helds:
+                        held.use(connection)
+                    for held in helds:
+                        held.check()
+                        if running is not None:
+                            running.finished = True
+                        running = held
+                        held.started_at = time.monotonic()
+                        handler = self._handler_of(held.reservation.subscription_name)
+                        with self._telemetry.span(held.reservation):
+                            positions.append(handler(connection, held.reservation))
+                        outcomes.check_transaction(
+                            held.reservation, is_active=transaction.is_active
+                        )
+                    self._complete_together(connection, helds, positions)
+                finally:
+                    for held in helds:
+                        held.use(None)
+        except BaseException as error:  # SystemExit in a handler, too
+            self._take_apart(helds, running, error)
+            return False
+        for held in helds:
+            held.finished = True
+            outcomes.log_processed(self._telemetry, self._settings.group, held)
+        return True
+
+    def _take_apart(
+        self, helds: Sequence[Held], running: Held | None, error: BaseException
+    ) -> None:
+        """All was rolled back, and each is to run alone.
+
+        The handler that the error is of meets it again then. But one that took too long must not
+        take as long once more.
+        """
+        if isinstance(error, ReservationsLost):
+            lost = {id for id, _ in error.lost}
+            for held in helds:
+                if held.reservation.id in lost:
+                    self.lose(held)
+        elif running is not None and running.timed_out and not running.abandoned:
+            try:
+                self._fail(running, error)
+            except ReservationLost:
+                self.lose(running)
+        for held in helds:
+            held.start_anew()
+
+    def _complete_together(
+        self, connection: Connection, helds: Sequence[Held], positions: Sequence[int | None]
+    ) -> None:
+        with ExitStack() as locks:
+            for held in helds:
+                locks.enter_context(held.lock)
+            for held in helds:
+                held.check()
+            outcomes.update_many(
+                connection,
+                [
+                    (held.reservation, position)
+                    for held, position in zip(helds, positions, strict=True)
+                ],
+                self._settings,
+            )
+            connection.commit()
+            for held in helds:
+                held.processed = True
+                held.end()
+        self._outage.back()
 
     def lose(self, held: Held) -> None:
         """The token is gone, or was ended here: then that was told already."""

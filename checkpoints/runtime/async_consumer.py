@@ -117,8 +117,14 @@ class AsyncConsumer:
         # Its own statements are one a transaction, and gain nothing by a stricter level.
         self._own = engine.execution_options(isolation_level="READ COMMITTED")
         self._settings = ConsumerSettings(group=group, **settings)
+        if self._settings.handlers_per_transaction != 1:
+            raise ValueError(
+                "handlers_per_transaction must be 1 for an AsyncConsumer, which runs its handlers "
+                f"at once, not {self._settings.handlers_per_transaction!r}"
+            )
         self._names, self._handler_of = checked_handlers(handlers, blocking=False)
         self._telemetry = Telemetry(group)
+        self._due_since = outcomes.DueSince()
         self._outage = OutageLog(group)
         self._third = self._settings.reservation_timeout.total_seconds() / 3
         self._extends_running: bool | None = None
@@ -258,7 +264,7 @@ class AsyncConsumer:
         """Reserve, to hand out or give back; when nothing is to be had, when the next is due."""
         async with self._own.begin() as connection:
             reserved, due_in = await connection.run_sync(
-                outcomes.reserve, self._settings, self._names, limit
+                outcomes.reserve, self._settings, self._names, self._due_since, limit
             )
         self._telemetry.count("reserved", len(reserved))
         self._waiting.extend(_Held(one, self._settings) for one in reserved)

@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from checkpoints.errors import ReservationLost
 from checkpoints.records import Reservation
 from checkpoints.runtime import _outcomes as outcomes
-from checkpoints.runtime._held import Held
+from checkpoints.runtime._held import Bundle, Held
 from checkpoints.runtime._keeper import Keeper
 from checkpoints.runtime._outage import Backoff, OutageLog, is_outage, is_passing
 from checkpoints.runtime._outcomes import Goal
@@ -104,20 +104,22 @@ class Consumer:
         # Its own statements are one a transaction, and gain nothing by a stricter level.
         self._own = engine.execution_options(isolation_level="READ COMMITTED")
         self._settings = ConsumerSettings(group=group, **settings)
-        self._names, handler_of = checked_handlers(handlers, blocking=True)
+        self._names, self._handler_of = checked_handlers(handlers, blocking=True)
         self._telemetry = Telemetry(group)
         self._outage = OutageLog(group)
         self._worker = Worker(
-            engine, self._own, self._settings, handler_of, self._telemetry, self._outage
+            engine, self._own, self._settings, self._handler_of, self._telemetry, self._outage
         )
         self._serving = threading.Lock()
         # Reentrant, so that a signal handler may put into it.
         self._events: queue.SimpleQueue[_Event | Held] = queue.SimpleQueue()
-        self._jobs: queue.SimpleQueue[Held | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Bundle | None] = queue.SimpleQueue()
         self._threads: set[threading.Thread] = set()
         self._waiting: deque[Held] = deque()
         # By identity: a checkpoint may be reserved again before it is known here that it was done.
         self._running: set[Held] = set()
+        self._busy = 0
+        self._due_since = outcomes.DueSince()
         self._stops = 0
         self._processed = 0
 
@@ -168,7 +170,7 @@ class Consumer:
             self._serving.release()
 
     def _serve_alone(self, goal: Goal) -> int:
-        self._stops = self._processed = 0
+        self._stops = self._processed = self._busy = 0
         self._jobs = queue.SimpleQueue()
         self._threads = set()
         keeper = Keeper(
@@ -221,15 +223,22 @@ class Consumer:
         thread.start()
         self._threads.add(thread)
 
-    def _work(self, jobs: queue.SimpleQueue[Held | None]) -> None:
-        while (held := jobs.get()) is not None:
-            held.worker = threading.current_thread()
-            self._worker.process(held)
-            self._events.put(held)
-            if held.abandoned:
+    def _work(self, jobs: queue.SimpleQueue[Bundle | None]) -> None:
+        while (bundle := jobs.get()) is not None:
+            if not self._work_on(bundle):
                 return
+            # Not kept in memory while there is nothing to do.
+            del bundle
         # For the next of them.
         jobs.put(None)
+
+    def _work_on(self, bundle: Bundle) -> bool:
+        """Process it; whether this thread may go on with the next."""
+        for held in bundle.helds:
+            held.worker = threading.current_thread()
+        for held in self._worker.process_all(bundle):
+            self._events.put(held)
+        return not bundle.is_given_up
 
     def _dispatch(self, goal: Goal, keeper: Keeper, listen: Callable[[], None]) -> None:
         backoff, held_up = Backoff(), held_up_backoff()
@@ -246,7 +255,7 @@ class Consumer:
                         listen()
                     with self._own.begin() as connection:
                         reserved, due_in = outcomes.reserve(
-                            connection, self._settings, self._names, room
+                            connection, self._settings, self._names, self._due_since, room
                         )
                 except Exception as error:
                     if not is_passing(error):
@@ -278,15 +287,36 @@ class Consumer:
         self._hand_out(keeper)
 
     def _hand_out(self, keeper: Keeper) -> None:
-        while self._waiting and len(self._running) < self._settings.concurrency:
-            held = self._waiting.popleft()
-            if held.over:
-                keeper.forget(held)
+        while self._waiting and self._busy < self._settings.concurrency:
+            bundle = Bundle(self._next(keeper))
+            if not bundle.helds:
                 continue
-            self._running.add(held)
-            if len(self._threads) < len(self._running):
+            self._running |= bundle.left
+            self._busy += 1
+            if len(self._threads) < self._busy:
                 self._start_worker()
-            self._jobs.put(held)
+            self._jobs.put(bundle)
+
+    def _next(self, keeper: Keeper) -> Iterator[Held]:
+        """What the next free worker is to do: several, if they can share a transaction."""
+        share = self._settings.share(len(self._waiting), self._settings.concurrency - self._busy)
+        taken = 0
+        while self._waiting and taken < share:
+            held = self._waiting[0]
+            if not held.over:
+                may_share = self._may_share(held.reservation)
+                if taken and not may_share:
+                    return
+                taken = taken + 1 if may_share else share
+                yield held
+            else:
+                keeper.forget(held)
+            self._waiting.popleft()
+
+    def _may_share(self, reservation: Reservation) -> bool:
+        """Whether its handler may run in a transaction with others: not if it has failed before."""
+        handler = self._handler_of(reservation.subscription_name)
+        return not (reservation.retry_attempts or isinstance(handler, OutsideTransaction))
 
     def _await_events(self, seconds: float, keeper: Keeper) -> None:
         """Wait for one event, then take all there are."""
@@ -303,10 +333,30 @@ class Consumer:
             self._running.discard(event)
             keeper.forget(event)
             self._processed += event.processed
-            if event.abandoned and event.worker is not None:
-                self._threads.discard(event.worker)
+            if event.abandoned:
+                self._replace(event, keeper)
+            elif event.bundle is not None:
+                event.bundle.left.discard(event)
+                self._busy -= not event.bundle.left
+                event.bundle = None
             if not self._stops:
                 self._hand_out(keeper)
+
+    def _replace(self, abandoned: Held, keeper: Keeper) -> None:
+        """Do without a worker that hangs, and give the rest of what it had to another."""
+        if abandoned.worker is not None:
+            self._threads.discard(abandoned.worker)
+        self._busy -= 1
+        left = () if abandoned.bundle is None else abandoned.bundle.left & self._running
+        for held in left:
+            self._running.discard(held)
+            keeper.forget(held)
+            held.abandoned = True
+            if not held.over:
+                again = Held(held.reservation, self._settings.reservation_timeout)
+                again.extended_at = held.extended_at
+                keeper.keep(again)
+                self._waiting.append(again)
 
     # --- ending
 

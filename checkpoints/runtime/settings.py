@@ -39,6 +39,7 @@ class ConsumerOptions(TypedDict, total=False):
 
     concurrency: int
     batch: int | None
+    handlers_per_transaction: int
     reservation_timeout: timedelta
     handler_timeout: timedelta | None
     grace: timedelta
@@ -55,8 +56,12 @@ class ConsumerSettings:
 
     - `concurrency`: how many handlers run at once; each takes a connection of the engine's pool.
     - `batch`: how many checkpoints it holds at the most, reserved in one statement (None, or less
-      than `concurrency`: as many as that). Those not started yet wait in this process, and are
-      given back when it stops.
+      than `concurrency` times `handlers_per_transaction`: as many as that). Those not started yet
+      wait in this process, and are given back when it stops.
+    - `handlers_per_transaction`: how many handlers may run, one after the other, in one transaction
+      that commits all of their positions: for small handlers many times as fast. When one raises,
+      or a reservation is lost, all is rolled back, and each runs again in a transaction of its own;
+      retries always do. Not for an `AsyncConsumer`, of which it must be 1.
     - `reservation_timeout`: how long a checkpoint stays with a process that died. While it lives,
       the reservation is extended at a third of that.
     - `handler_timeout`: how long a handler may take (None: for ever). Then its attempt has failed;
@@ -73,6 +78,7 @@ class ConsumerSettings:
     group: str
     concurrency: int = 4
     batch: int | None = None
+    handlers_per_transaction: int = 1
     reservation_timeout: timedelta = timedelta(seconds=30)
     handler_timeout: timedelta | None = timedelta(minutes=5)
     grace: timedelta = timedelta(seconds=20)
@@ -87,6 +93,7 @@ class ConsumerSettings:
         arguments.limit("concurrency", self.concurrency)
         if self.batch is not None:
             arguments.limit("batch", self.batch)
+        arguments.limit("handlers_per_transaction", self.handlers_per_transaction)
         arguments.timeout("reservation_timeout", self.reservation_timeout)
         if self.handler_timeout is not None:
             arguments.timeout("handler_timeout", self.handler_timeout)
@@ -101,9 +108,14 @@ class ConsumerSettings:
 
     def room(self, held: int) -> int:
         """How many checkpoints to reserve, when so many are held: none while all slots are busy."""
-        if held >= self.concurrency:
+        at_once = self.concurrency * self.handlers_per_transaction
+        if held >= at_once:
             return 0
-        return max(self.batch or 0, self.concurrency) - held
+        return max(self.batch or 0, at_once) - held
+
+    def share(self, waiting: int, free: int) -> int:
+        """How many of those that wait one of so many free workers takes."""
+        return min(self.handlers_per_transaction, -(-waiting // free))
 
     def idle_seconds(self, due_in: timedelta | None, held_up: Backoff) -> float:
         """How long to sleep when nothing was found, and the next is due in so long (None: none).

@@ -7,41 +7,26 @@ its own, a copy of one in which the contestant's schema, and the items that nobo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
-from importlib import import_module
-from typing import Any, Literal, Protocol
+from collections.abc import Sequence
+from typing import Self
 
 from alembic import command
 from checkpoints import alembic_config
 from tests.benchmarks.load import ClientFailed, Clients, add_checkpoints, add_subscription, vacuum
+from tests.benchmarks.peers import PEERS, Kind, NotAllDone, Peer, PeerError
 from tests.benchmarks.plan import Plan
 from tests.benchmarks.results import Say, Series
 from tests.benchmarks.rounds import order_of
 from tests.benchmarks.server import Server
 from tests.benchmarks.work import Job, connect
 
-__all__ = ["Contestant", "Ours", "run", "versions"]
+__all__ = ["Ours", "run", "versions"]
 
 PART = "peers"
 
 # More than any does one at a time with one process.
 _FASTEST_SINGLE = 3_000
 _BATCH = 100
-
-Kind = Literal["work", "foreign", "paused"]
-
-
-class Contestant(Protocol):
-    """What all do; see `tests/benchmarks/peers/peer.py`."""
-
-    @property
-    def name(self) -> str: ...
-    def missing(self) -> str | None: ...
-    def version(self) -> str: ...
-    def prepare(self, url: str) -> None: ...
-    def add(self, url: str, count: int, kind: Kind) -> None: ...
-    def drain(self, url: str, count: int, processes: int, batch: int) -> float: ...
-    def one_at_a_time(self, url: str, seconds: float, processes: int) -> float: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +45,10 @@ class Ours:
 
     def version(self) -> str:
         return "head"
+
+    def limited(self, seconds: float) -> Self:  # noqa: ARG002
+        """The same: these drains have no limit."""
+        return self
 
     def prepare(self, url: str) -> None:
         command.upgrade(alembic_config(url), "head")
@@ -101,14 +90,13 @@ class _Case:
 
 def run(server: Server, clients: Clients, plan: Plan, say: Say) -> list[Series]:
     """Measure all that can run here."""
-    contestants: list[Contestant] = [Ours(clients, consumer=False), Ours(clients, consumer=True)]
+    contestants: list[Peer] = [Ours(clients, consumer=False), Ours(clients, consumer=True)]
     missing: dict[str, str] = {}
-    peers, failures = _peers(plan.peer_limit, missing)
-    for peer in peers:
+    for peer in PEERS:
         if why := peer.missing():
             missing[peer.name] = why
         else:
-            contestants.append(peer)
+            contestants.append(peer.limited(plan.peer_limit))
     prepared: dict[tuple[str, Kind | None], str] = {}
     try:
         for others in (None, *plan.others):
@@ -119,11 +107,11 @@ def run(server: Server, clients: Clients, plan: Plan, say: Say) -> list[Series]:
                     contestant.prepare(url)
                     if others:
                         contestant.add(url, plan.other_items, others)
-                except failures as error:
+                except PeerError as error:
                     missing[contestant.name] = _said(error)
                     contestants.remove(contestant)
         return [
-            _measured(server, plan, say, case, contestants, prepared, missing, failures)
+            _measured(server, plan, say, case, contestants, prepared, missing)
             for case in _cases(plan)
         ]
     finally:
@@ -133,19 +121,7 @@ def run(server: Server, clients: Clients, plan: Plan, say: Say) -> list[Series]:
 
 def versions() -> dict[str, str]:
     """The peers that can run here, and which of them these are."""
-    peers, _ = _peers(1.0, {})
-    return {peer.name: peer.version() for peer in peers if peer.missing() is None}
-
-
-def _peers(limit: float, missing: dict[str, str]) -> tuple[list[Contestant], type[Exception]]:
-    """The peers, and the error that all of them raise."""
-    try:
-        module: Any = import_module("tests.benchmarks.peers")
-    except ImportError as error:
-        missing["other queues"] = str(error)
-        return [], ClientFailed
-    given: Iterable[Any] = module.PEERS
-    return [peer.limited(limit) for peer in given], module.PeerError
+    return {peer.name: peer.version() for peer in PEERS if peer.missing() is None}
 
 
 def _cases(plan: Plan) -> Sequence[_Case]:
@@ -175,10 +151,9 @@ def _measured(
     plan: Plan,
     say: Say,
     case: _Case,
-    contestants: Sequence[Contestant],
+    contestants: Sequence[Peer],
     prepared: dict[tuple[str, Kind | None], str],
     missing: dict[str, str],
-    failures: type[Exception],
 ) -> Series:
     """All contestants in rounds; who fails once is out of this case, and it is said why."""
     say(f"peers: {case.title}")
@@ -192,7 +167,7 @@ def _measured(
             try:
                 rate = _once(server, plan, case, by_name[name], url)
                 series.samples.setdefault(name, []).append(rate)
-            except (failures, ClientFailed) as error:
+            except (PeerError, ClientFailed) as error:
                 series.samples.pop(name, None)
                 series.missing[name] = f"{case.title}: {_said(error)}"
             finally:
@@ -201,7 +176,7 @@ def _measured(
     return series
 
 
-def _once(server: Server, plan: Plan, case: _Case, contestant: Contestant, url: str) -> float:
+def _once(server: Server, plan: Plan, case: _Case, contestant: Peer, url: str) -> float:
     """Items/s of one contestant, in a database of its own."""
     if not case.drains:
         supply = round((plan.seconds + 2) * _FASTEST_SINGLE * case.processes)
@@ -212,12 +187,11 @@ def _once(server: Server, plan: Plan, case: _Case, contestant: Contestant, url: 
     server.settle()
     try:
         return plan.items / contestant.drain(url, plan.items, case.processes, _BATCH)
-    except Exception as error:
-        # A drain that was cut short is a rate all the same.
-        done, seconds = getattr(error, "done", 0), getattr(error, "seconds", 0.0)
-        if not done or not seconds:
+    except NotAllDone as error:
+        # A drain that was cut short is a rate all the same, unless it did nothing.
+        if not error.done:
             raise
-        return float(done / seconds)
+        return error.done / error.seconds
 
 
 def _said(error: Exception) -> str:
