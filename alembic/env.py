@@ -13,8 +13,9 @@ import time
 from configparser import InterpolationError
 from logging.config import fileConfig
 
+from alembic.runtime.migration import MigrationContext, MigrationInfo
 from alembic.util import CommandError
-from sqlalchemy import DDL, URL, Connection, MetaData, create_engine, func, make_url, select
+from sqlalchemy import DDL, URL, Connection, MetaData, create_engine, func, make_url, select, text
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, PendingRollbackError
 from sqlalchemy.pool import NullPool
@@ -62,6 +63,23 @@ BEGIN
     CREATE SCHEMA %(schema)s;
   END IF;
 END $$
+"""
+
+# What the package's `verify` reads; `checkpoints.migrations` writes the same.
+RECORD = """
+DO $$
+BEGIN
+  IF to_regtype(%(type_literal)s) IS NOT NULL THEN
+    COMMENT ON TYPE %(type)s IS %(comment)s;
+  END IF;
+END $$
+"""
+
+# A role that may migrate needs no rights on what it looks at here.
+RECORDED = """
+SELECT obj_description(pg_type.oid, 'pg_type') FROM pg_type
+JOIN pg_namespace ON pg_namespace.oid = typnamespace
+WHERE nspname = :schema AND typname = 'checkpoint_status'
 """
 
 
@@ -127,6 +145,32 @@ def prepare(connection: Connection) -> None:
     connection.commit()
 
 
+def see_that_it_is_ours(connection: Connection) -> None:
+    """Refuse to begin at the base where another environment has made the tables."""
+    migration = context.get_context()
+    options = migration.opts
+    # That of `alembic stamp`, which is how to take them over, is a tuple.
+    if not isinstance(options.get("destination_rev"), str) or migration.get_current_heads():
+        return
+    recorded = connection.scalar(text(RECORDED), {"schema": schema})
+    if recorded:
+        raise CommandError(
+            f"the tables in the schema {schema!r} ({recorded}) were not made by this environment, "
+            "whose version table is empty: run the migrations of the application that made them, "
+            "or take them over by `alembic stamp` with that revision"
+        )
+
+
+def record(*, ctx: MigrationContext, step: MigrationInfo, **_: object) -> None:
+    """Say in the database which revision the tables are of."""
+    reached = [each for each in step.destination_revision_ids if each]
+    name = f"{quoted_schema()}.checkpoint_status"
+    comment = literal(f"revision {reached[0]} of checkpoints") if reached else "NULL"
+    ctx.execute(
+        DDL(RECORD, context={"type": name, "type_literal": literal(name), "comment": comment})
+    )
+
+
 def quoted_schema() -> str:
     """The schema as SQL. A driver's paramstyle would double each %, as DDL() does."""
     return postgresql.dialect(paramstyle="named").identifier_preparer.quote(schema)
@@ -155,6 +199,7 @@ def run_offline() -> None:
         dialect_opts={"paramstyle": "named"},
         version_table_schema=schema,
         transaction_per_migration=True,
+        on_version_apply=record,
         literal_binds=True,
     )
     migration = context.get_context()
@@ -172,6 +217,7 @@ def run_online() -> None:
             connection=connection,
             version_table_schema=schema,
             transaction_per_migration=True,
+            on_version_apply=record,
             include_schemas=True,
             include_name=lambda name, kind, _: kind != "schema" or name == schema,
         )
@@ -181,6 +227,8 @@ def run_online() -> None:
         # `alembic current` only looks.
         if not options.get("dont_mutate"):
             prepare(connection)
+            see_that_it_is_ours(connection)
+            connection.commit()
         try:
             with context.begin_transaction():
                 context.run_migrations()

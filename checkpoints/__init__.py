@@ -2,12 +2,14 @@
 
 from checkpoints.errors import (
     CheckpointsError,
+    MigrationRefused,
     ReservationLost,
     ReservationsLost,
     SchemaNotMigrated,
     SubscriptionExists,
     SubscriptionRunning,
     UnknownSubscription,
+    WrongSchemaRevision,
 )
 from checkpoints.executing import (
     AsyncCheckpoints,
@@ -73,6 +75,7 @@ from checkpoints.statements import (
     update_checkpoint_position,
     update_checkpoint_positions,
 )
+from checkpoints.tables import metadata
 
 __all__ = [
     "TOTAL_LIMIT",
@@ -89,6 +92,7 @@ __all__ = [
     "ListedCheckpoint",
     "ListedReservation",
     "LockedCheckpoint",
+    "MigrationRefused",
     "PositionUpdate",
     "RecordedCheckpoint",
     "ReplayMode",
@@ -102,6 +106,7 @@ __all__ = [
     "SubscriptionRunning",
     "SubscriptionStatus",
     "UnknownSubscription",
+    "WrongSchemaRevision",
     "add_or_update_subscription",
     "advance_lagging_subscription_checkpoints",
     "alembic_config",
@@ -120,6 +125,7 @@ __all__ = [
     "list_reservations",
     "list_retries",
     "lock_checkpoint",
+    "metadata",
     "move_subscription",
     "pause_subscription",
     "record_checkpoint_error",

@@ -1,18 +1,22 @@
-"""The errors of the executing layer. Driver errors that are not listed here pass unwrapped."""
+"""The errors of the package. Driver errors that are not listed here pass unwrapped."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
 
+from alembic.util import CommandError
+
 __all__ = [
     "CheckpointsError",
+    "MigrationRefused",
     "ReservationLost",
     "ReservationsLost",
     "SchemaNotMigrated",
     "SubscriptionExists",
     "SubscriptionRunning",
     "UnknownSubscription",
+    "WrongSchemaRevision",
 ]
 
 
@@ -106,6 +110,31 @@ class SchemaNotMigrated(CheckpointsError):
     def __init__(self, missing: str) -> None:
         super().__init__(
             f"the schema of checkpoints is missing or too old ({missing}): run the migration for "
-            "this database and schema, `alembic upgrade head` in a clone, or from Python "
-            'alembic.command.upgrade(checkpoints.alembic_config(url, schema=…), "head")'
+            "this database and schema: the application's own, `checkpoints migrate`, or "
+            "`alembic upgrade head` in a clone; checkpoints.migrations.verify() says which it needs"
         )
+
+
+class WrongSchemaRevision(CheckpointsError):
+    """The schema is not at the revision that this code needs; `verify` looks.
+
+    `installed` is the revision that the database records: None if the tables are not there,
+    and "unknown" if they are and no revision is recorded.
+    """
+
+    def __init__(self, schema: str, installed: str | None, needed: str, remedy: str) -> None:
+        found = {
+            None: "has no tables of checkpoints",
+            "unknown": "has tables of checkpoints, but does not say of which revision",
+        }.get(installed, f"is at revision {installed!r} of checkpoints")
+        super().__init__(f"the schema {schema!r} {found}; this code needs {needed!r}: {remedy}")
+        self.schema = schema
+        self.installed = installed
+        self.needed = needed
+
+
+class MigrationRefused(CheckpointsError, CommandError):
+    """A migration cannot be run as it was asked for; the transaction must be rolled back.
+
+    It is one of Alembic's errors too, so that the command `alembic` shows it as one line.
+    """

@@ -11,7 +11,8 @@ from alembic import op
 
 revision = "0.22.0"
 down_revision = None
-branch_labels = None
+# For an application that has these revisions as a branch beside its own.
+branch_labels = ("checkpoints",)
 depends_on = None
 
 PREPROCESSOR = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from datetime import timedelta
@@ -13,10 +14,11 @@ from typing import Any
 from sqlalchemy import Column, Computed, Enum, Index, Table, UniqueConstraint, make_url
 
 import checkpoints
-from checkpoints import errors, records, runtime, statements
+from checkpoints import embedded, errors, migrations, records, runtime, statements
 from checkpoints.runtime import telemetry
 from checkpoints.runtime._recording import RecorderSettings
 from checkpoints.tables import metadata
+from tests.docs import diagram
 from tests.docs.pages import ROOT
 
 RENDERED = ROOT / "tests" / "rendered"
@@ -94,6 +96,12 @@ _ELSEWHERE: dict[str, Any] = {
     "observe_lag": telemetry.observe_lag,
 }
 
+# Dataclasses with methods for the application.
+_WITH_METHODS: tuple[type, ...] = (runtime.MessageTable, runtime.RetryPolicy)
+
+# Their objects are answered by a function.
+_MADE_ELSEWHERE: tuple[type, ...] = (embedded.EmbeddedServer,)
+
 
 def _default(value: object) -> str:
     if isinstance(value, StrEnum):
@@ -138,6 +146,11 @@ def prose(documented: object) -> str:
     return text.strip()
 
 
+def on_the_site(directive: str, name: str, *parts: str) -> list[str]:
+    """What a page says of an object, which the site replaces by a directive of autodoc."""
+    return [f"<!-- site: {directive} {name} -->", *parts, "<!-- site: end -->"]
+
+
 def of_statements() -> str:
     """Each statement: how it is called, what it does, its SQL."""
     parts: list[str] = []
@@ -145,11 +158,9 @@ def of_statements() -> str:
         parts.append(f"## {actor}")
         for name in names:
             function = getattr(statements, name)
-            parts += [
-                f"### `{name}`",
-                f"```text\n{signature(name, function)}\n```",
-                prose(function),
-            ]
+            called = f"```text\n{signature(name, function)}\n```"
+            described = on_the_site("autofunction", f"checkpoints.{name}", called, prose(function))
+            parts += [f"### `{name}`", *described]
             for rendering, title in RENDERINGS.get(name, {name: ""}).items():
                 parts += [title] if title else []
                 parts.append(f"```sql\n{(RENDERED / f'{rendering}.sql').read_text().strip()}\n```")
@@ -157,43 +168,28 @@ def of_statements() -> str:
 
 
 def of_methods() -> str:
-    """Each method of the executing layer."""
-    parts: list[str] = []
+    """The classes of the executing layer, and each method."""
+    parts: list[str] = ["## Classes"]
+    for executing in (checkpoints.Checkpoints, checkpoints.AsyncCheckpoints):
+        name = executing.__name__
+        called = f"```text\n{signature(name, executing)}\n```"
+        described = on_the_site("autoclass", f"checkpoints.{name}", called, prose(executing))
+        parts += [f"### `{name}`", *described]
     for actor, names in BY_ACTOR.items():
         parts.append(f"## {actor}")
         for name in names:
             method = getattr(checkpoints.Checkpoints, name)
             answer = str(inspect.signature(method).return_annotation)
-            parts += [
-                f"### `{name}`",
-                f"```text\n{signature(name, method, answer)}\n```",
-                prose(method),
-            ]
+            called = f"```text\n{signature(name, method, answer)}\n```"
+            described = on_the_site(
+                "automethod", f"checkpoints.Checkpoints.{name}", called, prose(method)
+            )
+            parts += [f"### `{name}`", *described]
     return "\n\n".join(parts)
 
 
 def _row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def of_records() -> str:
-    """The dataclasses and enumerations."""
-    parts: list[str] = []
-    for name in records.__all__:
-        record = getattr(records, name)
-        if not isinstance(record, type):
-            continue
-        parts += [f"## `{name}`", prose(record)]
-        if issubclass(record, StrEnum):
-            parts.append("\n".join(f"- `{member.name}`: `{member.value!r}`" for member in record))
-        elif is_dataclass(record):
-            lines = [_row("field", "type"), _row("---", "---")]
-            lines += [
-                _row(f"`{field.name}`", f"`{field.type}`".replace("|", "\\|"))
-                for field in fields(record)
-            ]
-            parts.append("\n".join(lines))
-    return "\n\n".join(parts)
 
 
 def _default_of_field(field: Field[Any]) -> str:
@@ -204,34 +200,69 @@ def _default_of_field(field: Field[Any]) -> str:
     return ""
 
 
-def _described(name: str) -> list[str]:
-    """A name of the runtime: how it is called, what it is, its fields or its methods."""
-    described: Any = _ELSEWHERE.get(name) or getattr(runtime, name)
-    if not isinstance(described, type):
-        return [f"```text\n{signature(name, described)}\n```", prose(described)]
-    if issubclass(described, StrEnum):
-        members = "\n".join(f"- `{member.name}`: `{member.value!r}`" for member in described)
-        return [prose(described), members]
-    parts = [prose(described)]
-    if is_dataclass(described):
-        lines = [_row("field", "type", "default"), _row(*["---"] * 3)]
-        for field in fields(described):
-            type_ = f"`{field.type}`".replace("|", "\\|")
-            lines.append(_row(f"`{field.name}`", type_, _default_of_field(field)))
-        parts.append("\n".join(lines))
-    elif "__init__" in vars(described) and not issubclass(described, Exception):
-        parts.insert(0, f"```text\n{signature(name, described)}\n```")
-    for method, function in vars(described).items():
-        if method.startswith("_") or not inspect.isfunction(function):
+def _members(enumeration: type[StrEnum]) -> str:
+    return "\n".join(f"- `{member.name}`: `{member.value!r}`" for member in enumeration)
+
+
+def _fields(described: Any) -> str:
+    lines = [_row("field", "type", "default"), _row(*["---"] * 3)]
+    for field in fields(described):
+        type_ = f"`{field.type}`".replace("|", "\\|")
+        lines.append(_row(f"`{field.name}`", type_, _default_of_field(field)))
+    return "\n".join(lines)
+
+
+def _methods(module: str, described: type) -> list[str]:
+    heading = "####" if module == runtime.__name__ else "###"
+    parts: list[str] = []
+    for name, function in vars(described).items():
+        if name.startswith("_") or not inspect.isfunction(function):
             continue
-        if is_dataclass(described) and described not in (runtime.MessageTable, runtime.RetryPolicy):
+        if is_dataclass(described) and described not in _WITH_METHODS:
             continue
         answer = str(inspect.signature(function).return_annotation)
-        called = signature(method, function, answer)
+        called = signature(name, function, answer)
         if inspect.iscoroutinefunction(function):
             called = f"await {called}"
-        parts += [f"#### `{name}.{method}`", f"```text\n{called}\n```", prose(function)]
+        method = f"{described.__name__}.{name}"
+        shown = [f"```text\n{called}\n```", prose(function)]
+        parts += [f"{heading} `{method}`", *on_the_site("automethod", f"{module}.{method}", *shown)]
     return parts
+
+
+def _described(module: str, name: str, described: Any) -> list[str]:
+    """A public name of a module: how it is called, what it is, its fields or its methods."""
+    full = f"{module}.{name}"
+    if not isinstance(described, type):
+        answer = str(inspect.signature(described).return_annotation)
+        called = f"```text\n{signature(name, described, answer)}\n```"
+        return on_the_site("autofunction", full, called, prose(described))
+    if issubclass(described, Exception):
+        return on_the_site("autoexception", full, prose(described))
+    if issubclass(described, StrEnum):
+        members = "\n".join(f"- `{member.name}`: `{member.value!r}`" for member in described)
+        return [*on_the_site("autoclass", f"{full}()", prose(described)), members]
+    shown = [prose(described)]
+    if is_dataclass(described):
+        shown.append(_fields(described))
+    elif described in _MADE_ELSEWHERE:
+        full += "()"
+    elif "__init__" in vars(described):
+        shown.insert(0, f"```text\n{signature(name, described)}\n```")
+    if name not in sys.modules[module].__all__:
+        # Autodoc would find it under a private name only.
+        return [*shown, *_methods(module, described)]
+    return [*on_the_site("autoclass", full, *shown), *_methods(module, described)]
+
+
+def of_records() -> str:
+    """The dataclasses and enumerations."""
+    parts: list[str] = []
+    for name in records.__all__:
+        record = getattr(records, name)
+        if isinstance(record, type):
+            parts += [f"## `{name}`", *_described("checkpoints", name, record)]
+    return "\n\n".join(parts)
 
 
 def of_runtime() -> str:
@@ -240,7 +271,71 @@ def of_runtime() -> str:
     for heading, names in RUNTIME.items():
         parts.append(f"## {heading}")
         for name in names:
-            parts += [f"### `{name}`", *_described(name)]
+            described = _ELSEWHERE.get(name) or getattr(runtime, name)
+            parts += [f"### `{name}`", *_described("checkpoints.runtime", name, described)]
+    return "\n\n".join(parts)
+
+
+def of_module(module: Any) -> str:
+    """All public names of a small module."""
+    parts: list[str] = []
+    for name in module.__all__:
+        described = _described(module.__name__, name, getattr(module, name))
+        parts += [f"## `{name}`", *described]
+    return "\n\n".join(parts)
+
+
+def _shown(value: object) -> str:
+    """A default, durations in the unit that they are said in."""
+    if isinstance(value, timedelta):
+        seconds = value.total_seconds()
+        for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
+            if seconds >= size:
+                return f"{seconds / size:g} {unit}"
+        return f"{seconds * 1000:g} ms"
+    return f"`{_default(value)}`"
+
+
+# What the docstrings of the settings leave to those of the classes.
+_MEANINGS = {
+    "group": "The name of the group that it works for.",
+    "interests": "What each subscription follows; see below.",
+    "read": "What reads the messages, such as a `MessageTable`.",
+}
+
+
+def of_settings() -> str:
+    """The arguments of consumers and recorders, with what the docstrings say of them."""
+    parts: list[str] = []
+    for heading, settings in (
+        ("Of a consumer", runtime.ConsumerSettings),
+        ("Of its retries", runtime.RetryPolicy),
+        ("Of a recorder", RecorderSettings),
+        ("Of a recorder's interest", runtime.Interest),
+    ):
+        described: Any = settings
+        meanings = {
+            name: " ".join(what.split())
+            for name, what in re.findall(
+                r"^- `(\w+)`: (.*?)(?=^- |\Z)", inspect.getdoc(settings) or "", re.M | re.S
+            )
+        }
+        head = ["setting", "type", "default", *(["meaning"] if meanings else [])]
+        lines = [_row(*head), _row(*["---"] * len(head))]
+        for field in fields(described):
+            if field.default is MISSING and field.default_factory is MISSING:
+                default = "needed"
+            elif field.default_factory is not MISSING:
+                default = _shown(field.default_factory())
+            else:
+                default = _shown(field.default)
+            cells = [f"`{field.name}`", f"`{field.type}`".replace("|", "\\|"), default]
+            if meanings:
+                meaning = meanings.get(field.name) or _MEANINGS[field.name]
+                cells.append(f"{meaning[0].upper()}{meaning[1:]}")
+            lines.append(_row(*cells))
+        text = [] if meanings else [prose(settings)]
+        parts += [f"## {heading}", *text, "\n".join(lines)]
     return "\n\n".join(parts)
 
 
@@ -249,7 +344,8 @@ def of_errors() -> str:
     parts: list[str] = []
     for name in errors.__all__:
         error = getattr(errors, name)
-        parts += [f"### `{name}`", prose(error), f"Base: `{error.__base__.__name__}`."]
+        described = _described("checkpoints", name, error)
+        parts += [f"### `{name}`", *described, f"Base: `{error.__base__.__name__}`."]
     return "\n\n".join(parts)
 
 
@@ -302,21 +398,13 @@ def _table(table: Table) -> str:
 
 def of_tables() -> str:
     """A diagram of the tables, and the columns, keys and indexes of each."""
-    diagram = ["erDiagram"]
-    for table in metadata.sorted_tables:
-        for key in table.foreign_keys:
-            many = "o|" if key.parent.primary_key else "o{"
-            diagram.append(f"    {key.column.table.name} ||--{many} {table.name} : has")
-    for table in metadata.sorted_tables:
-        diagram.append(f"    {table.name} {{")
-        for column in table.columns:
-            mark = " PK" if column.primary_key else " FK" if column.foreign_keys else ""
-            diagram.append(f"        {_type(column).rpartition('.')[2]} {column.name}{mark}")
-        diagram.append("    }")
-    shown = "\n".join(diagram)
-    return "\n\n".join(
-        [f"```mermaid\n{shown}\n```", *(_table(table) for table in metadata.sorted_tables)]
-    )
+    shown = "![A diagram of the tables: what they hold and what refers to what](tables.svg)"
+    return "\n\n".join([shown, *(_table(table) for table in metadata.sorted_tables)])
+
+
+def diagram_of_tables() -> str:
+    """The same as a drawing."""
+    return diagram.drawn(metadata, lambda column: _type(column).rpartition(".")[2])
 
 
 def of_promises() -> str:
@@ -337,8 +425,14 @@ GENERATED: dict[str, Callable[[], str]] = {
     "docs/reference/records.md": of_records,
     "docs/reference/runtime.md": of_runtime,
     "docs/reference/errors.md": of_errors,
+    "docs/reference/settings.md": of_settings,
     "docs/reference/tables.md": of_tables,
+    "docs/reference/migrations.md": lambda: of_module(migrations),
+    "docs/reference/embedded.md": lambda: of_module(embedded),
 }
+
+# Files of which nothing is written by hand.
+FILES: dict[str, Callable[[], str]] = {"docs/reference/tables.svg": diagram_of_tables}
 
 BEGIN = "<!-- From here to the end of the mark, made by `pytest --update-rendered`. -->"
 END = "<!-- The end of what is made. -->"
@@ -346,6 +440,8 @@ END = "<!-- The end of what is made. -->"
 
 def renewed(page: str) -> str:
     """The text of a page with its generated part as the code has it today."""
+    if page in FILES:
+        return FILES[page]()
     before, found, rest = (ROOT / page).read_text().partition(BEGIN)
     _, ended, after = rest.partition(END)
     assert found, f"{page} lacks the line {BEGIN}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import configparser
 import contextlib
+import io
+import json
 import os
 import re
 import signal
@@ -12,10 +14,12 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from sqlalchemy import URL, Engine, create_engine, func, select
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncEngine
@@ -35,7 +39,15 @@ RUN = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[demo]' && .venv/b
 TESTS = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/bin/pytest -n 2"
 
 # These pages make the schema themselves; the others find it.
-ON_AN_EMPTY_DATABASE = {"README.md", "docs/how-to/migrate.md"}
+IN_AN_APPLICATION = "docs/how-to/add-to-an-existing-application.md"
+ON_AN_EMPTY_DATABASE = {
+    "README.md",
+    "docs/how-to/migrate.md",
+    "docs/tutorial.md",
+    IN_AN_APPLICATION,
+}
+# In these, a block of text after one that prints is what it prints.
+WITH_OUTPUT = {"docs/tutorial.md", "docs/how-to/monitor.md"}
 # Their SQL has the placeholders of the driver.
 RENDERINGS = {"docs/reference/statements.md"}
 # Roles belong to the server: this page does not make the one that it grants something.
@@ -82,11 +94,11 @@ def run_sql(url: URL, source: str) -> None:
         cursor.close()
 
 
-def run_shell(source: str) -> None:
-    """Run commands in the root of the clone."""
+def run_shell(source: str, folder: Path) -> None:
+    """Run commands in a folder."""
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", source],
-        cwd=ROOT,
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -95,15 +107,27 @@ def run_shell(source: str) -> None:
     assert done.returncode == 0, f"{source}\n{done.stdout}"
 
 
-def run_example(url: URL, page: str, example: Example) -> None:
+def run_python(page: str, example: Example) -> None:
+    """Run a block; what it prints must stand in the next one, on pages that show it."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        PythonEvaluator()(example)
+    if page in WITH_OUTPUT and printed.getvalue():
+        blocks = list(examples(ROOT / page, lambda _: None))
+        following = blocks[[block.line for block in blocks].index(example.line) + 1]
+        assert language(following) == "text"
+        assert str(following.parsed) == printed.getvalue(), f"{page}, line {following.line}"
+
+
+def run_example(url: URL, page: str, folder: Path, example: Example) -> None:
     """Run a code block, as its language has it."""
     source: str = str(example.parsed)
     match language(example):
         case "python":
-            PythonEvaluator()(example)
+            run_python(page, example)
         case "sh":
             if source.strip() not in {RUN, TESTS}:
-                run_shell(source)
+                run_shell(source, folder)
         case "sql":
             if page not in RENDERINGS:
                 run_sql(url, source)
@@ -111,10 +135,24 @@ def run_example(url: URL, page: str, example: Example) -> None:
             configparser.ConfigParser(interpolation=None).read_string(source)
         case "toml":
             tomllib.loads(source)
-        case "text" | "mermaid":
+        case "yaml":
+            assert all(yaml.safe_load_all(source))
+        case "dockerfile":
+            check_dockerfile(source)
+        case "text":
+            pass
+        case directive if directive.startswith("{"):
+            # For the site only, which .ci/run builds.
             pass
         case other:
             pytest.fail(f"{page}, line {example.line}: no tests know how to run {other!r}")
+
+
+def check_dockerfile(source: str) -> None:
+    """There is no daemon to build it; but signals reach the process of an exec form only."""
+    instructions = dict(line.split(" ", 1) for line in source.splitlines() if line)
+    assert set(instructions) <= {"FROM", "WORKDIR", "COPY", "RUN", "ENV", "USER", "CMD"}
+    assert json.loads(instructions["CMD"])
 
 
 def dispose(value: object) -> None:
@@ -138,10 +176,13 @@ def violations(url: URL) -> list[Any]:
     ("environment", "page"), [(p, p) for p in PAGES], indirect=["environment"], ids=PAGES
 )
 @pytest.mark.usefixtures("role")
-def test_examples_run(environment: URL, page: str) -> None:
+def test_examples_run(environment: URL, page: str, tmp_path: Path) -> None:
     namespace: dict[str, Any] = {}
+    # In the root of the clone, but for the page that makes an application.
+    folder = tmp_path if page == IN_AN_APPLICATION else ROOT
+    run = partial(run_example, environment, page, folder)
     try:
-        for example in examples(ROOT / page, lambda given: run_example(environment, page, given)):
+        for example in examples(ROOT / page, run):
             namespace = example.namespace
             example.evaluate()
     finally:
@@ -150,9 +191,13 @@ def test_examples_run(environment: URL, page: str) -> None:
     assert violations(environment) == []
 
 
-@pytest.mark.parametrize("environment", ["README.md"], indirect=True)
-def test_the_quickstart_is_one_file(environment: URL, tmp_path: Path) -> None:
-    blocks = examples(ROOT / "README.md", lambda _: None)
+@pytest.mark.parametrize(
+    ("environment", "page"),
+    [(page, page) for page in ("README.md", "docs/tutorial.md")],
+    indirect=["environment"],
+)
+def test_the_page_is_one_file(environment: URL, page: str, tmp_path: Path) -> None:
+    blocks = examples(ROOT / page, lambda _: None)
     parts = [str(block.parsed) for block in blocks if language(block) == "python"]
     assert len(parts) > 1
     file = tmp_path / "quickstart.py"

@@ -70,6 +70,18 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
     assert set(PAGES) <= reached
 
 
+def test_every_page_says_where_to_go_next() -> None:
+    ends = {"README.md", "CHANGELOG.md", "docs/index.md"}
+    dead = [
+        page
+        for page in PAGES
+        if page not in ends
+        and not page.startswith("docs/decisions/0")
+        and not re.search(r"^(## Next$|Next: \[)", (ROOT / page).read_text(), re.M)
+    ]
+    assert dead == []
+
+
 @cache
 def existing_names() -> frozenset[str]:
     """The names of all tests, and the paths of the files and folders they lie in."""
