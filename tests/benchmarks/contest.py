@@ -27,6 +27,7 @@ PART = "peers"
 # More than any does one at a time with one process.
 _FASTEST_SINGLE = 3_000
 _BATCH = 100
+_HANDLERS = 25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +36,13 @@ class Ours:
 
     clients: Clients
     consumer: bool
+    handlers: int = 1
+    """How many handlers of the consumer share a transaction."""
 
     @property
     def name(self) -> str:
+        if self.handlers > 1:
+            return f"checkpoints, Consumer, {self.handlers} handlers a transaction"
         return "checkpoints, Consumer" if self.consumer else "checkpoints, statements"
 
     def missing(self) -> str | None:
@@ -68,13 +73,15 @@ class Ours:
 
     def drain(self, url: str, count: int, processes: int, batch: int) -> float:
         work = "consumer" if self.consumer else "transactions"
-        job = Job(work=work, url=url, batch=batch, ending=True)
+        job = Job(work=work, url=url, batch=batch, ending=True, handlers=self.handlers)
         drained = self.clients.drain(job, processes)
         if drained.done != count:
             raise ClientFailed(f"{self.name}: {drained.done} of {count} items were done")
         return drained.seconds
 
     def one_at_a_time(self, url: str, seconds: float, processes: int) -> float:
+        if self.handlers > 1:
+            raise ClientFailed("handlers that share a transaction are never one at a time")
         work = "running consumer" if self.consumer else "transactions"
         job = Job(work=work, url=url, batch=1, ending=True)
         return self.clients.rate(job, processes, seconds=seconds, warm_up=1.0)
@@ -90,7 +97,11 @@ class _Case:
 
 def run(server: Server, clients: Clients, plan: Plan, say: Say) -> list[Series]:
     """Measure all that can run here."""
-    contestants: list[Peer] = [Ours(clients, consumer=False), Ours(clients, consumer=True)]
+    contestants: list[Peer] = [
+        Ours(clients, consumer=False),
+        Ours(clients, consumer=True),
+        Ours(clients, consumer=True, handlers=_HANDLERS),
+    ]
     missing: dict[str, str] = {}
     for peer in PEERS:
         if why := peer.missing():

@@ -57,6 +57,9 @@ def page(results: Results) -> str:
                 lines += series
                 lines.append("")
         lines += _missing(all_series)
+    lines.append(
+        "Next: [Run the benchmarks](../how-to/run-the-benchmarks.md) says how it is measured."
+    )
     return "\n".join(lines).rstrip() + "\n"
 
 

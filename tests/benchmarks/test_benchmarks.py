@@ -274,9 +274,9 @@ def test_the_contest_counts_ours(databases: Databases, clients: Clients) -> None
     """Foreign and paused items are neither done nor in the way of the count."""
     from tests.benchmarks.contest import Ours
 
-    for consumer in (False, True):
+    for consumer, handlers in ((False, 1), (True, 1), (True, 3)):
         url = databases.create().render_as_string(hide_password=False)
-        ours = Ours(clients, consumer)
+        ours = Ours(clients, consumer, handlers)
         ours.prepare(url)
         ours.add(url, 20, "foreign")
         ours.add(url, 20, "paused")

@@ -35,6 +35,8 @@ class Job(TypedDict, total=False):
     batch: int
     ending: bool
     """Whether the position goes up to the version, so that nothing is left to do."""
+    handlers: int
+    """How many handlers of a consumer share a transaction."""
     floor: bool
     """Whether `due_since` follows what was taken; see `_Floor`."""
     size: int
@@ -192,8 +194,7 @@ def _transactions(job: Job) -> Iterator[Step]:
 @contextmanager
 def _consumer(job: Job) -> Iterator[Step]:
     """A consumer with a handler that does nothing; a step drains all that is due."""
-    batch = job["batch"]
-    with _consuming(job, lambda: None, concurrency=min(4, batch), batch=batch) as consumer:
+    with _consuming(job, lambda: None, concurrency=min(4, job["batch"])) as consumer:
         yield consumer.drain
 
 
@@ -212,7 +213,7 @@ def _running(job: Job) -> Iterator[Step]:
         before, looked = looked, handled
         return looked - before
 
-    with _consuming(job, count, concurrency=1, batch=1) as consumer:
+    with _consuming(job, count, concurrency=1) as consumer:
         thread = threading.Thread(target=consumer.run)
         started = False
 
@@ -232,9 +233,7 @@ def _running(job: Job) -> Iterator[Step]:
 
 
 @contextmanager
-def _consuming(
-    job: Job, handled: Callable[[], None], *, concurrency: int, batch: int
-) -> Iterator[Consumer]:
+def _consuming(job: Job, handled: Callable[[], None], *, concurrency: int) -> Iterator[Consumer]:
     def handler(connection: Connection, reservation: Reservation) -> None:  # noqa: ARG001
         handled()
 
@@ -243,7 +242,13 @@ def _consuming(
         # Connected before the start, as the others are.
         with engine.connect():
             yield Consumer(
-                engine, GROUP, handler, concurrency=concurrency, batch=batch, listen=False
+                engine,
+                GROUP,
+                handler,
+                concurrency=concurrency,
+                batch=job["batch"],
+                handlers_per_transaction=job.get("handlers", 1),
+                listen=False,
             )
     finally:
         engine.dispose()
