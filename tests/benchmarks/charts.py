@@ -45,11 +45,14 @@ def draw(all_series: Sequence[Series], file: Path) -> None:
     rows = math.ceil(len(all_series) / _COLUMNS)
     names = list(dict.fromkeys(name for series in all_series for name in series.samples))
     colours = {name: _COLOURS[index % len(_COLOURS)] for index, name in enumerate(names)}
-    tallest = max(len(series.samples) for series in all_series)
+    heights = [
+        max(_height(series) for series in all_series[row * _COLUMNS : (row + 1) * _COLUMNS])
+        for row in range(rows)
+    ]
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(10, rows * (1.2 + 0.24 * tallest)), layout="constrained")
+        figure = Figure(figsize=(10, sum(heights)), layout="constrained")
         FigureCanvasSVG(figure)
-        panels = figure.subplots(rows, _COLUMNS, squeeze=False)
+        panels = figure.subplots(rows, _COLUMNS, squeeze=False, height_ratios=heights)
         for index, axes in enumerate(panels.flat):
             if index >= len(all_series):
                 axes.set_axis_off()
@@ -62,6 +65,10 @@ def draw(all_series: Sequence[Series], file: Path) -> None:
 
 def _grows(series: Series) -> bool:
     return series.axis is not None and len(series.samples) > 1
+
+
+def _height(series: Series) -> float:
+    return 2.4 if _grows(series) else 0.8 + 0.24 * len(series.samples)
 
 
 def _bars(axes: Axes, series: Series, colours: dict[str, str]) -> None:

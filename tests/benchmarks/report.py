@@ -64,10 +64,12 @@ def page(results: Results) -> str:
 
 
 def number(value: float) -> str:
-    """A figure with three digits that say something."""
+    """A figure with its two or three first digits."""
     if abs(value) >= 100:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    if abs(value) >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
 
 
 def _is_table_of_its_own(series: Series) -> bool:

@@ -113,7 +113,8 @@ def test_the_report_has_medians_spreads_ratios_and_what_is_missing(results: Resu
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"), [(1234.5, "1,234"), (99.96, "100.0"), (12.34, "12.3"), (0.456, "0.46")]
+    ("value", "shown"),
+    [(1234.5, "1,234"), (99.96, "100.0"), (12.34, "12.3"), (0.456, "0.46"), (0.0012, "0.0012")],
 )
 def test_a_figure_has_three_digits_or_so(value: float, shown: str) -> None:
     assert report.number(value) == shown
