@@ -1,0 +1,5 @@
+WITH recorded AS
+(INSERT INTO checkpoints.checkpoints (subscription_id, stream_name, stream_version, stream_position) SELECT given.subscription_id AS subscription_id, given.stream_name AS stream_name, max(given.stream_version) AS max_1, min(given.stream_position) AS min_1
+FROM unnest(%(record_subscription_ids)s::BIGINT[], %(record_stream_names)s::TEXT[], %(record_stream_versions)s::BIGINT[], %(record_stream_positions)s::BIGINT[]) AS given(subscription_id, stream_name, stream_version, stream_position) GROUP BY given.subscription_id, given.stream_name ORDER BY given.subscription_id, given.stream_name ON CONFLICT (subscription_id, stream_name) DO UPDATE SET stream_version = excluded.stream_version WHERE checkpoints.checkpoints.stream_version < excluded.stream_version RETURNING checkpoints.checkpoints.id, checkpoints.checkpoints.subscription_id, checkpoints.checkpoints.stream_name, checkpoints.checkpoints.stream_version, checkpoints.checkpoints.stream_position)
+ SELECT recorded.id, recorded.subscription_id, recorded.stream_name, recorded.stream_version, recorded.stream_position
+FROM recorded

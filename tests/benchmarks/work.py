@@ -1,0 +1,302 @@
+"""What a client does: each kind of work is prepared once, then done step by step and counted."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from typing import Any, TypedDict
+
+import psycopg
+from sqlalchemy import Connection, Engine, create_engine, make_url
+
+from checkpoints import Checkpoints, PositionUpdate, Reservation
+from checkpoints.runtime import Consumer
+from tests.benchmarks.texts import GROUP, TIMEOUT, Text, texts
+
+__all__ = ["Job", "Step", "connect", "step_of"]
+
+_LATE = timedelta(milliseconds=200)
+_AGAIN_SECONDS = 1.0
+
+Step = Callable[[], int]
+"""Does one transaction or cycle; how many checkpoints it really moved, 0 when there was none."""
+
+
+class Job(TypedDict, total=False):
+    """What a client is told; it goes over a pipe as JSON."""
+
+    work: str
+    url: str
+    design: str
+    batch: int
+    ending: bool
+    """Whether the position goes up to the version, so that nothing is left to do."""
+    handlers: int
+    """How many handlers of a consumer share a transaction."""
+    floor: bool
+    """Whether `due_since` follows what was taken; see `_Floor`."""
+    size: int
+    subscription_id: int
+    first: int
+    streams: int
+
+
+def connect(url: str) -> psycopg.Connection:
+    """A connection with a transaction for each statement."""
+    libpq = make_url(url).set(drivername="postgresql").render_as_string(hide_password=False)
+    return psycopg.connect(libpq, autocommit=True)
+
+
+@contextmanager
+def step_of(job: Job) -> Iterator[Step]:
+    """The step of a job, its connections open."""
+    with WORK[job["work"]](job) as step:
+        yield step
+
+
+@contextmanager
+def _psycopg(job: Job) -> Iterator[Step]:
+    """Reserve and update by prepared SQL text, without a library between."""
+    batch, ending = job.get("batch", 1), job.get("ending", False)
+    made = texts(job["design"], batch)
+    reserve, update, many = made.reserve, made.update, made.update_many
+    bound = reserve.bound()
+    with connect(job["url"]) as connection, connection.cursor() as cursor:
+
+        def run(text: Text, values: dict[str, Any]) -> list[Any]:
+            return cursor.execute(text.sql.encode(), values, prepare=True).fetchall()
+
+        run(reserve, reserve.bound() | _nobody(reserve))
+        assert cursor.description is not None
+        at = {column.name: index for index, column in enumerate(cursor.description)}
+        id, token = at["id"], at["reserved_until"]
+        position = at.get("stream_version" if ending else "stream_position", 0)
+        further = 0 if ending else 1
+        takes_position = "position" in update.names
+
+        floor = _Floor(at["process_at"]) if job.get("floor", False) else None
+
+        def one() -> int:
+            moved = 0
+            if floor is not None:
+                bound["reserve_due_since"] = floor.since()
+            rows = run(reserve, bound)
+            if floor is not None:
+                floor.took(rows)
+            for row in rows:
+                values = {"id": row[id], "token": row[token]}
+                if takes_position:
+                    values["position"] = row[position] + further
+                moved += len(run(update, update.bound(**values)))
+            return moved
+
+        def together() -> int:
+            assert many is not None
+            rows = run(reserve, bound)
+            if not rows:
+                return 0
+            values: dict[str, list[Any]] = {
+                "ids": [row[id] for row in rows],
+                "tokens": [row[token] for row in rows],
+                "positions": [row[position] + further for row in rows],
+            }
+            return len(run(many, many.bound(**{key: values[key] for key in many.names})))
+
+        yield one if batch == 1 else together
+
+
+class _Floor:
+    """Since when what is looked for has been due, so that a reservation passes over no dead rows.
+
+    A little before the newest that was taken, for others commit late; from the beginning again
+    when nothing is found, and now and then.
+    """
+
+    def __init__(self, process_at: int) -> None:
+        self._process_at = process_at
+        self._newest: datetime | None = None
+        self._again = 0.0
+
+    def since(self) -> datetime | None:
+        if time.monotonic() >= self._again:
+            self._again = time.monotonic() + _AGAIN_SECONDS
+            self._newest = None
+        return self._newest and self._newest - _LATE
+
+    def took(self, rows: Sequence[Sequence[Any]]) -> None:
+        self._newest = max((row[self._process_at] for row in rows), default=None)
+
+
+def _nobody(reserve: Text) -> dict[str, Any]:
+    """A reservation of nothing, to learn the columns."""
+    return {name: 0 for name in ("reserve_limit",) if name in reserve.fixed}
+
+
+@contextmanager
+def _engine(job: Job) -> Iterator[Engine]:
+    engine = create_engine(job["url"])
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+def _moved(api: Checkpoints, found: list[Reservation], ending: bool) -> int:
+    """Update the positions of reservations, each by a statement or all by one."""
+    moves = [
+        (reserved, reserved.stream_version if ending else reserved.stream_position + 1)
+        for reserved in found
+    ]
+    if len(moves) == 1:
+        api.update_checkpoint_position(*moves[0])
+        return 1
+    return len(api.update_checkpoint_positions([PositionUpdate.of(*move) for move in moves]))
+
+
+@contextmanager
+def _toolkit(job: Job) -> Iterator[Step]:
+    """The toolkit on one connection, a transaction for each statement without BEGIN and COMMIT."""
+    batch, ending = job.get("batch", 1), job.get("ending", False)
+    with _engine(job) as engine, engine.connect() as opened:
+        connection: Connection = opened.execution_options(isolation_level="AUTOCOMMIT")
+        api = Checkpoints(connection)
+
+        def step() -> int:
+            found = api.reserve_next_available_checkpoint(GROUP, TIMEOUT, limit=batch)
+            return _moved(api, found, ending) if found else 0
+
+        yield step
+
+
+@contextmanager
+def _transactions(job: Job) -> Iterator[Step]:
+    """The toolkit as its pages show it: `engine.begin()` around each statement."""
+    batch, ending = job.get("batch", 1), job.get("ending", False)
+    with _engine(job) as engine:
+
+        def step() -> int:
+            with engine.begin() as connection:
+                found = Checkpoints(connection).reserve_next_available_checkpoint(
+                    GROUP, TIMEOUT, limit=batch
+                )
+            if not found:
+                return 0
+            with engine.begin() as connection:
+                return _moved(Checkpoints(connection), found, ending)
+
+        yield step
+
+
+@contextmanager
+def _consumer(job: Job) -> Iterator[Step]:
+    """A consumer with a handler that does nothing; a step drains all that is due."""
+    with _consuming(job, lambda: None, concurrency=min(4, job["batch"])) as consumer:
+        yield consumer.drain
+
+
+@contextmanager
+def _running(job: Job) -> Iterator[Step]:
+    """A consumer that runs, one checkpoint at a time; a step is a look at what it has done."""
+    handled = looked = 0
+
+    def count() -> None:
+        nonlocal handled
+        handled += 1
+
+    def step() -> int:
+        nonlocal looked
+        time.sleep(0.002)
+        before, looked = looked, handled
+        return looked - before
+
+    with _consuming(job, count, concurrency=1) as consumer:
+        thread = threading.Thread(target=consumer.run)
+        started = False
+
+        def begun() -> int:
+            nonlocal started
+            if not started:
+                started = True
+                thread.start()
+            return step()
+
+        try:
+            yield begun
+        finally:
+            consumer.stop()
+            if started:
+                thread.join()
+
+
+@contextmanager
+def _consuming(job: Job, handled: Callable[[], None], *, concurrency: int) -> Iterator[Consumer]:
+    def handler(connection: Connection, reservation: Reservation) -> None:  # noqa: ARG001
+        handled()
+
+    engine = create_engine(job["url"], pool_size=concurrency + 2)
+    try:
+        # Connected before the start, as the others are.
+        with engine.connect():
+            yield Consumer(
+                engine,
+                GROUP,
+                handler,
+                concurrency=concurrency,
+                batch=job["batch"],
+                handlers_per_transaction=job.get("handlers", 1),
+                listen=False,
+            )
+    finally:
+        engine.dispose()
+
+
+@contextmanager
+def _record(job: Job) -> Iterator[Step]:
+    """Raise the versions of `size` streams that were caught up; what follows resets them.
+
+    A step answers microseconds, which only the recording took.
+    """
+    record = texts(job["design"]).record
+    assert record is not None
+    size, first, streams = job["size"], job["first"], job["streams"]
+    with connect(job["url"]) as connection, connection.cursor() as cursor:
+        number = 0
+
+        def step() -> int:
+            nonlocal number
+            names = [f"stream-{first + (number + n) % streams}" for n in range(size)]
+            number = (number + size) % streams
+            values = record.bound(
+                ids=[job["subscription_id"]] * size,
+                streams=names,
+                versions=[2] * size,
+                positions=[1] * size,
+            )
+            begun = time.perf_counter_ns()
+            found = cursor.execute(record.sql.encode(), values, prepare=True).fetchall()
+            taken = time.perf_counter_ns() - begun
+            assert len(found) == size, f"{len(found)} of {size} were recorded"
+            cursor.execute(
+                "UPDATE checkpoints.checkpoints"
+                " SET stream_version = 1, stream_position = 1, process_at = NULL"
+                " WHERE subscription_id = %s AND stream_name = ANY (%s)",
+                (job["subscription_id"], names),
+                prepare=True,
+            )
+            return max(1, taken // 1000)
+
+        yield step
+
+
+WORK: dict[str, Callable[[Job], contextlib.AbstractContextManager[Step]]] = {
+    "psycopg": _psycopg,
+    "toolkit": _toolkit,
+    "transactions": _transactions,
+    "consumer": _consumer,
+    "running consumer": _running,
+    "record": _record,
+}
