@@ -27,12 +27,15 @@ PART = "peers"
 # More than any does one at a time with one process.
 _FASTEST_SINGLE = 3_000
 _BATCH = 100
-_HANDLERS = 25
+_HANDLERS = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Ours:
-    """This toolkit: by its statements, or by its `Consumer` (4 threads a process in a drain)."""
+    """This toolkit: by its statements, or by its `Consumer`.
+
+    A drain has 4 threads a process, and one where handlers share transactions.
+    """
 
     clients: Clients
     consumer: bool

@@ -194,7 +194,10 @@ def _transactions(job: Job) -> Iterator[Step]:
 @contextmanager
 def _consumer(job: Job) -> Iterator[Step]:
     """A consumer with a handler that does nothing; a step drains all that is due."""
-    with _consuming(job, lambda: None, concurrency=min(4, job["batch"])) as consumer:
+    # Handlers that do nothing wait for nothing: where they share a transaction one thread has work
+    # for all of the interpreter.
+    concurrency = 1 if job.get("handlers", 1) > 1 else min(4, job["batch"])
+    with _consuming(job, lambda: None, concurrency=concurrency) as consumer:
         yield consumer.drain
 
 
@@ -246,7 +249,7 @@ def _consuming(job: Job, handled: Callable[[], None], *, concurrency: int) -> It
                 GROUP,
                 handler,
                 concurrency=concurrency,
-                batch=job["batch"],
+                batch=job["batch"] * (2 if job.get("handlers", 1) > 1 else 1),
                 handlers_per_transaction=job.get("handlers", 1),
                 listen=False,
             )
