@@ -75,7 +75,7 @@ class Ours:
         vacuum(url)
 
     def drain(self, url: str, count: int, processes: int, batch: int) -> float:
-        work = "consumer" if self.consumer else "transactions"
+        work = "consumer" if self.consumer else "toolkit"
         job = Job(work=work, url=url, batch=batch, ending=True, handlers=self.handlers)
         drained = self.clients.drain(job, processes)
         if drained.done != count:
@@ -85,7 +85,7 @@ class Ours:
     def one_at_a_time(self, url: str, seconds: float, processes: int) -> float:
         if self.handlers > 1:
             raise ClientFailed("handlers that share a transaction are never one at a time")
-        work = "running consumer" if self.consumer else "transactions"
+        work = "running consumer" if self.consumer else "toolkit"
         job = Job(work=work, url=url, batch=1, ending=True)
         return self.clients.rate(job, processes, seconds=seconds, warm_up=1.0)
 
