@@ -79,10 +79,12 @@ END $$
 # It runs once for a statement: four inner statements at most, for any number of rows. A single row
 # goes a way of its own, without a join, which costs half as much. FULL JOIN, because a plan that
 # was cached for few rows must not be a nested loop when it serves ten thousand; and because a
-# changed id then reads as one row gone and another come.
+# changed id then reads as one row gone and another come. Without sequential scans, because the hot
+# tables are next to empty most of the time: a plan that was cached then reads all of one for each
+# row when there are thousands.
 _POSTPROCESSOR = """
 CREATE OR REPLACE FUNCTION %(schema)s.checkpoint_postprocessor() RETURNS trigger
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET enable_seqscan = off AS $$
 DECLARE
   one record;
   moved record;

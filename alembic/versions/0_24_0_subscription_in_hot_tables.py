@@ -113,7 +113,7 @@ END $$
 
 POSTPROCESSOR = """
 CREATE OR REPLACE FUNCTION %(schema)s.checkpoint_postprocessor() RETURNS trigger
-LANGUAGE plpgsql AS $$
+LANGUAGE plpgsql SET enable_seqscan = off AS $$
 DECLARE
   one record;
   moved record;

@@ -46,6 +46,7 @@ class Holding:
         """What its handler did was rolled back, and it is to run again."""
         self.started_at = None
         self.finished = False
+        self.timed_out = False
 
     def check(self) -> None:
         """Raise unless the token may still be used."""

@@ -128,7 +128,7 @@ class Keeper(threading.Thread):
             return
         lost = False
         try:
-            if held.over:
+            if held.over or held.abandoned:
                 return
             with connection.begin():
                 extended = outcomes.extend(connection, held.reservation, self._settings)

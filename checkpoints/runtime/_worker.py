@@ -100,7 +100,14 @@ class Worker:
                     for held in helds:
                         held.use(None)
         except BaseException as error:  # SystemExit in a handler, too
-            self._take_apart(helds, running, error)
+            try:
+                self._take_apart(helds, running, error)
+            except BaseException:
+                outcomes.log_unexpected(self._settings.group, "a worker failed")
+                if running is not None and not running.abandoned:
+                    running.end()
+                for held in helds:
+                    held.start_anew()
             return False
         for held in helds:
             held.finished = True

@@ -329,16 +329,21 @@ class Consumer:
     def _take(self, event: _Event | Held, keeper: Keeper) -> None:
         if event is _Event.STOP:
             self._stops += 1
-        elif isinstance(event, Held) and event in self._running:
-            self._running.discard(event)
-            keeper.forget(event)
-            self._processed += event.processed
+        elif isinstance(event, Held):
+            bundle = event.bundle
+            if bundle is None or not bundle.left:
+                return
+            if event in self._running:
+                self._running.discard(event)
+                keeper.forget(event)
+                self._processed += event.processed
+                bundle.left.discard(event)
+                if not event.abandoned:
+                    self._busy -= not bundle.left
+                    event.bundle = bundle if bundle.left else None
+            # Also when it was heard of before it was given up: its worker leaves the rest undone.
             if event.abandoned:
                 self._replace(event, keeper)
-            elif event.bundle is not None:
-                event.bundle.left.discard(event)
-                self._busy -= not event.bundle.left
-                event.bundle = None
             if not self._stops:
                 self._hand_out(keeper)
 
@@ -347,14 +352,19 @@ class Consumer:
         if abandoned.worker is not None:
             self._threads.discard(abandoned.worker)
         self._busy -= 1
-        left = () if abandoned.bundle is None else abandoned.bundle.left & self._running
+        bundle, abandoned.bundle = abandoned.bundle, None
+        left = set() if bundle is None else bundle.left & self._running
+        if bundle is not None:
+            bundle.left.clear()
         for held in left:
             self._running.discard(held)
             keeper.forget(held)
-            held.abandoned = True
-            if not held.over:
+            # The keeper may just be changing the token.
+            with held.lock:
+                held.abandoned = True
                 again = Held(held.reservation, self._settings.reservation_timeout)
                 again.extended_at = held.extended_at
+            if not held.over:
                 keeper.keep(again)
                 self._waiting.append(again)
 

@@ -20,6 +20,7 @@ from sqlalchemy import (
     FromClause,
     Integer,
     Select,
+    all_,
     func,
     literal_column,
     or_,
@@ -97,6 +98,7 @@ def _found_by_subscription(
     served: CTE,
     since: ColumnElement[datetime],
     limit: ColumnElement[int],
+    *only: ColumnElement[bool],
 ) -> Select[int]:
     """Lock the due rows of the subscription that has the oldest, then of the next."""
     now = template.statement_time()
@@ -116,6 +118,7 @@ def _found_by_subscription(
     # rows: else it may read and sort all.
     due = (
         template.oldest_of_subscription(due_at, waiting.c.id, since=since, until=now)
+        .where(*only)
         .limit(limit + literal_column("1000000", BigInteger()))
         .lateral("due")
     )
@@ -164,7 +167,9 @@ def _found_at_head_first(
     at_head = select(locked.c.id).select_from(head.join(own, true()).join(locked, true()))
     # Fewer at the head than were looked for: those were all that is due anywhere.
     is_left = select(func.count() == depth).select_from(head).scalar_subquery()
-    by_subscription = _found_by_subscription(due_at, conditions, served, since, limit)
+    # Those at the head were tried already: locked once more they would count twice.
+    is_new = due_at.table.c.id != all_(func.array(select(head.c.id).scalar_subquery()))
+    by_subscription = _found_by_subscription(due_at, conditions, served, since, limit, is_new)
     return union_all(at_head, by_subscription.where(or_(~has_many, is_left)))
 
 

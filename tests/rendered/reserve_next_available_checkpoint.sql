@@ -31,7 +31,8 @@ FROM reserve_asked)) AND (hot.subscription_id, hot.process_at) <= (reserve_serve
  LIMIT 1) AS oldest ON true ORDER BY oldest.due_at) AS waiting JOIN LATERAL (SELECT hot.id AS id
 FROM checkpoints.checkpoints_ready AS hot
 WHERE (hot.subscription_id, hot.process_at) >= (waiting.id, (SELECT reserve_asked.since
-FROM reserve_asked)) AND (hot.subscription_id, hot.process_at) <= (waiting.id, statement_timestamp()) ORDER BY hot.subscription_id, hot.process_at
+FROM reserve_asked)) AND (hot.subscription_id, hot.process_at) <= (waiting.id, statement_timestamp()) AND hot.id != ALL (array((SELECT reserve_head.id
+FROM reserve_head))) ORDER BY hot.subscription_id, hot.process_at
  LIMIT %(reserve_limit)s::INTEGER + 1000000) AS due ON true JOIN LATERAL (SELECT main.id AS id
 FROM checkpoints.checkpoints AS main
 WHERE main.id = due.id AND main.subscription_id = waiting.id AND main.process_at <= statement_timestamp() AND main.reserved_until IS NULL FOR NO KEY UPDATE OF main SKIP LOCKED) AS locked ON true

@@ -639,3 +639,35 @@ def _record_one(engine: Engine) -> None:
         id = connection.execute(add_or_update_subscription(GROUP, "balances")).one()[0]
         connection.execute(set_subscription_status(id, SubscriptionStatus.ACTIVE))
         connection.execute(record_checkpoints([CheckpointRecord(id, "account-1", 1)]))
+
+
+def test_many_rows_are_looked_up_by_plans_that_were_made_when_there_were_few(
+    connection: Connection,
+) -> None:
+    """The hot tables are next to empty most of the time: such a plan may scan one for each row."""
+    subscription = add_subscription(connection)
+    connection.exec_driver_sql(
+        "INSERT INTO checkpoints.checkpoints (subscription_id, stream_name)"
+        f" SELECT {subscription}, 'account-' || n FROM generate_series(1, 3000) AS n"
+    )
+    connection.exec_driver_sql("UPDATE checkpoints.checkpoints SET stream_version = 1 WHERE id < 5")
+    connection.exec_driver_sql("ANALYZE")
+    connection.commit()
+    update_all = (
+        "UPDATE checkpoints.checkpoints SET reserved_until = {} WHERE process_at IS NOT NULL"
+    )
+    reserve_and_release = [update_all.format(value) for value in ("'2090-01-01'", "NULL")]
+    for _ in range(8):
+        for statement in reserve_and_release:
+            connection.exec_driver_sql(statement)
+    connection.exec_driver_sql("UPDATE checkpoints.checkpoints SET stream_version = 1")
+    connection.commit()
+    for statement in reserve_and_release:
+        connection.exec_driver_sql(statement)
+    scanned = connection.execute(
+        text(
+            "SELECT sum(seq_tup_read) FROM pg_stat_xact_user_tables"
+            " WHERE schemaname = 'checkpoints' AND relname LIKE 'checkpoints\\__%'"
+        )
+    ).scalar_one()
+    assert scanned == 0

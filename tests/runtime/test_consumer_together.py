@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -14,9 +17,17 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from checkpoints import CheckpointStatus, Reservation, release_checkpoint_reservation
 from checkpoints.runtime import AsyncConsumer, Consumer, OutsideTransaction, RetryPolicy
+from checkpoints.runtime._held import Held
 from tests.runtime.consumers import until
 from tests.support.databases import disposed
-from tests.support.factories import GROUP, add_checkpoint, add_subscription, state, violations
+from tests.support.factories import (
+    GROUP,
+    MINUTE,
+    add_checkpoint,
+    add_subscription,
+    state,
+    violations,
+)
 
 SOON = timedelta(milliseconds=20)
 ONCE = RetryPolicy(max_attempts=1)
@@ -224,6 +235,140 @@ def test_a_reservation_that_is_extended_meanwhile_is_updated_by_its_new_token(
     assert made.drain() == 9
     assert len(set(notes(connection).values())) == 1
     assert tokens
+
+
+class SlowLog(logging.Handler):
+    """Of the application's: it takes its time, such as one that writes over a network."""
+
+    def emit(self, record: logging.LogRecord) -> None:  # noqa: ARG002
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def slow_log() -> Iterator[None]:
+    slow = SlowLog()
+    logging.getLogger("checkpoints").addHandler(slow)
+    yield
+    logging.getLogger("checkpoints").removeHandler(slow)
+
+
+@contextmanager
+def running(made: Consumer) -> Iterator[None]:
+    thread = threading.Thread(target=made.run)
+    thread.start()
+    try:
+        yield
+    finally:
+        made.stop()
+        made.stop()
+        thread.join(20)
+    assert not thread.is_alive()
+
+
+@pytest.mark.usefixtures("slow_log")
+def test_a_handler_that_wakes_when_it_is_given_up_keeps_no_slot(
+    engine: Engine, connection: Connection, ids: list[int]
+) -> None:
+    """It goes on after each error of the database, and ends when its connection is broken."""
+
+    def handler(connection: Connection, reservation: Reservation) -> None:
+        if reservation.stream_name == "account-2":
+            while True:
+                with connection.begin_nested():
+                    try:
+                        with connection.begin_nested():
+                            connection.execute(text("SELECT pg_sleep(60)"))
+                    except Exception as error:
+                        if "cancel" not in str(error):
+                            time.sleep(0.05)
+                            raise
+        write(connection, reservation)
+
+    made = consumer(
+        engine, handler, handler_timeout=timedelta(milliseconds=300), retry=ONCE, grace=MINUTE
+    )
+    with running(made):
+        until(lambda: len(notes(connection)) == 8)
+        failed = lambda: state(connection, ids[2]).status is CheckpointStatus.FAILED  # noqa: E731
+        until(failed)
+        connection.rollback()
+
+
+@pytest.mark.parametrize("seconds", [3.3, 3.6, 3.9])
+def test_what_shares_with_one_that_hangs_is_not_lost_when_it_is_extended_just_then(
+    *,
+    engine: Engine,
+    connection: Connection,
+    ids: list[int],
+    seconds: float,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ends = threading.Event()
+
+    def handler(connection: Connection, reservation: Reservation) -> None:
+        if reservation.stream_name == "account-2":
+            ends.wait(30)
+        write(connection, reservation)
+
+    made = consumer(
+        engine,
+        handler,
+        handler_timeout=timedelta(seconds=1),
+        reservation_timeout=timedelta(seconds=seconds),
+        recover_interval=MINUTE,
+        retry=ONCE,
+    )
+    try:
+        with running(made):
+            until(lambda: len(notes(connection)) == 8)
+    finally:
+        ends.set()
+    assert [record for record in caplog.records if "lost" in record.getMessage()] == []
+    assert len(ids) == 9
+
+
+def test_a_retry_policy_that_raises_keeps_no_slot(
+    engine: Engine, connection: Connection, ids: list[int]
+) -> None:
+    class Strict(RetryPolicy):
+        def attempts_for(self, error: BaseException) -> int:
+            raise LookupError(f"no rule for {error!r}")
+
+    def handler(connection: Connection, reservation: Reservation) -> None:
+        if reservation.stream_name == "account-2":
+            connection.execute(text("SELECT pg_sleep(60)"))
+        write(connection, reservation)
+
+    made = consumer(engine, handler, handler_timeout=timedelta(seconds=0.5), retry=Strict())
+    with running(made):
+        until(lambda: len(notes(connection)) == 8)
+    assert len(ids) == 9
+
+
+def test_what_took_too_long_with_others_fails_by_its_own_error_alone(
+    engine: Engine, connection: Connection, ids: list[int]
+) -> None:
+    """It is told to end, does not, and is rolled back for the error of another."""
+    runs: list[str] = []
+
+    def handler(connection: Connection, reservation: Reservation) -> None:
+        name = reservation.stream_name
+        runs.append(name)
+        if name == "account-0" and runs.count(name) == 1:
+            until(lambda: made_held(made, ids[0]).timed_out)
+        elif name in {"account-0", "account-1"}:
+            raise ValueError("its own")
+        write(connection, reservation)
+
+    made = consumer(engine, handler, handler_timeout=timedelta(seconds=2), retry=ONCE)
+    assert made.run_once() == 7
+    errors = state(connection, ids[0]).retries
+    assert errors is not None
+    assert errors[0]["error"]["type"] == "builtins.ValueError"
+
+
+def made_held(made: Consumer, id: int) -> Held:
+    return next(held for held in list(made._running) if held.reservation.id == id)
 
 
 def test_an_asyncio_consumer_has_no_such_transaction() -> None:

@@ -148,3 +148,21 @@ def test_only_what_expired_in_the_group_is_recovered(
     )
     recovered = connection.execute(recover_expired_checkpoint_reservations(GROUP)).all()
     assert {row.id for row in recovered} == ids
+
+
+def test_what_is_at_the_head_does_not_count_twice(connection: Connection) -> None:
+    """A quarter of what has waited longest is the group's: the head alone has not enough."""
+    own = [add_subscription(connection, f"s-{n}") for n in range(FEW + 1)]
+    other = add_subscription(connection, "other", group="others")
+    connection.execute(
+        text(
+            "INSERT INTO checkpoints.checkpoints"
+            " (subscription_id, stream_name, stream_version, process_at)"
+            " SELECT CASE WHEN n % 4 > 0 THEN :other WHEN n < 500 THEN :first"
+            " ELSE (CAST(:own AS bigint[]))[n % 17 + 1] END,"
+            " 's' || n, 1, now() - interval '1 hour' + n * interval '1 ms'"
+            " FROM generate_series(1, 4000) AS n"
+        ),
+        {"other": other, "first": own[0], "own": own},
+    )
+    assert len(set(ids_of(connection, 200))) == 200
