@@ -24,6 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from checkpoints.errors import ReservationLost
 from checkpoints.records import Reservation
 from checkpoints.runtime import _outcomes as outcomes
+from checkpoints.runtime._driver import check_driver
 from checkpoints.runtime._held import Bundle, Held
 from checkpoints.runtime._keeper import Keeper
 from checkpoints.runtime._outage import Backoff, OutageLog, is_outage, is_passing
@@ -100,6 +101,7 @@ class Consumer:
     ) -> None:
         if not isinstance(engine, Engine):
             raise TypeError(f"engine must be an Engine, not {engine!r}")
+        check_driver(engine)
         self._engine = engine
         # Its own statements are one a transaction, and gain nothing by a stricter level.
         self._own = engine.execution_options(isolation_level="READ COMMITTED")

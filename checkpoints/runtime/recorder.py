@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 
 from checkpoints.runtime import _recording as recording
+from checkpoints.runtime._driver import check_driver
 from checkpoints.runtime._outage import Backoff, OutageLog, is_conflict, is_outage
 from checkpoints.runtime._recording import Group, Interest, RecorderSettings, Start, Turn
 from checkpoints.runtime.reading import Message, Position
@@ -43,6 +44,7 @@ class Recorder:
     ) -> None:
         if not isinstance(engine, Engine):
             raise TypeError(f"engine must be an Engine, not {engine!r}")
+        check_driver(engine)
         self.settings = RecorderSettings(
             group=group, read=read, interests=recording.listed_interests(interests), **settings
         )
