@@ -22,7 +22,7 @@ from checkpoints._calls import Call
 from checkpoints.errors import SchemaNotMigrated, SubscriptionExists, UnknownSubscription
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 
 __all__ = ["AsyncCheckpoints", "Checkpoints"]
 
@@ -144,7 +144,7 @@ class Checkpoints:
     the driver pass unwrapped.
     """
 
-    def __init__(self, connection: Connection | Session) -> None:
+    def __init__(self, connection: Connection | Session | scoped_session[Any]) -> None:
         if not isinstance(connection, Connection | Session | scoped_session):
             raise TypeError(
                 f"connection must be a Connection or a Session, not {connection!r}; "
@@ -201,7 +201,9 @@ class Checkpoints:
 class AsyncCheckpoints:
     """The statements on an `AsyncConnection` or an `AsyncSession`: `Checkpoints`, awaited."""
 
-    def __init__(self, connection: AsyncConnection | AsyncSession) -> None:
+    def __init__(
+        self, connection: AsyncConnection | AsyncSession | async_scoped_session[Any]
+    ) -> None:
         # Not imported here, for it needs greenlet; without it there is no such connection.
         loaded: Any = sys.modules.get("sqlalchemy.ext.asyncio")
         kinds = loaded and (

@@ -85,7 +85,8 @@ class Consumer:
     (SQLSTATE 40001, 40P01) or when its connection broke; what it wrote before is rolled back.
 
     The engine's pool should hold `concurrency` + 2 connections; fewer work, and wait for each
-    other. A connection that listens is made besides. With an isolation level of REPEATABLE READ or
+    other. A connection that listens is made besides. An engine of another driver than psycopg is
+    refused, by ValueError. With an isolation level of REPEATABLE READ or
     SERIALIZABLE the reservation of a running handler cannot be extended, so let
     `reservation_timeout` be longer than handlers take. AUTOCOMMIT is refused.
     """

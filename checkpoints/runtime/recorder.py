@@ -36,7 +36,8 @@ class Recorder:
     engine's pool, for a batch at a time. The other arguments: see `RecorderSettings`.
 
     Raises:
-        TypeError, ValueError: a bad argument, or `read` answered messages out of order.
+        TypeError, ValueError: a bad argument, an engine of another driver than psycopg, or `read`
+            answered messages out of order.
     """
 
     def __init__(

@@ -61,9 +61,9 @@ class Bank:
     def book(self, account: str) -> Any:
         """Append a message, and record it in the transaction of the request."""
         session = self.db.session
-        version = session.scalar(
+        version = session.execute(
             select(func.count()).select_from(Booking).where(Booking.account == account)
-        )
+        ).scalar_one()
         session.add(Booking(account=account, version=version + 1, amount=request.json["amount"]))
         id = request.json.get("subscription_id", self.subscription.id)
         Checkpoints(session).record_checkpoints([CheckpointRecord(id, account, version + 1)])

@@ -26,7 +26,7 @@ from tests.applications import bank
 metadata = MetaData()
 
 
-def referring(name: str, **options: str) -> Table:
+def referring(name: str, ondelete: str | None = None) -> Table:
     """A table of the application's own metadata, that refers to the toolkit's column."""
     return Table(
         name,
@@ -34,7 +34,7 @@ def referring(name: str, **options: str) -> Table:
         Column(
             "checkpoint_id",
             BigInteger,
-            ForeignKey(checkpoints_table.c.id, **options),
+            ForeignKey(checkpoints_table.c.id, ondelete=ondelete),
             primary_key=True,
         ),
         Column("note", Text),

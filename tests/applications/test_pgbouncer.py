@@ -106,7 +106,7 @@ if BINARY is not None:
         subscription_id = bank.found(engine)
         attempts: list[int] = []
 
-        def handler(connection: object, reservation: Reservation) -> None:
+        def handler(_connection: object, reservation: Reservation) -> None:
             attempts.append(reservation.retry_attempts)
             raise LookupError("no such account")
 

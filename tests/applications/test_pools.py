@@ -123,7 +123,7 @@ def test_a_handler_that_raises_leaves_the_pool_whole(
     with pooled.begin() as connection:
         bank.append(connection, subscription_id, "account-1", 1)
 
-    def fails(connection: object, reservation: Reservation) -> None:
+    def fails(_connection: object, reservation: Reservation) -> None:
         raise LookupError(reservation.stream_name)
 
     with suppress(LookupError):

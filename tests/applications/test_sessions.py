@@ -49,14 +49,17 @@ def project(session: Session, reservation: Reservation) -> None:
     account.balance += int(added)
 
 
+pytestmark = pytest.mark.usefixtures("booked")
+
+
 @pytest.fixture
-def subscription_id(engine: Engine) -> int:
+def booked(engine: Engine) -> None:
+    """Two messages of an account."""
     Base.metadata.create_all(engine)
     subscription_id = bank.found(engine)
     with engine.begin() as connection:
         for amount in (100, -30):
             bank.append(connection, subscription_id, "account-1", amount)
-    return subscription_id
 
 
 def projected(engine: Engine) -> int | None:
@@ -64,24 +67,25 @@ def projected(engine: Engine) -> int | None:
         return session.scalar(select(Account.balance))
 
 
-def test_the_unit_of_work_is_rolled_back_with_a_lost_reservation(
-    engine: Engine, subscription_id: int
-) -> None:
+def test_the_unit_of_work_is_rolled_back_with_a_lost_reservation(engine: Engine) -> None:
     sessions = sessionmaker(engine)
     with engine.begin() as connection:
         held = reserve(connection)
         Checkpoints(connection).release_checkpoint_reservation(held)
-    with pytest.raises(ReservationLost), sessions.begin() as session:
-        project(session, held)
-        session.flush()
-        Checkpoints(session).update_checkpoint_position(held, held.stream_version)
+
+    def work() -> None:
+        with sessions.begin() as session:
+            project(session, held)
+            session.flush()
+            Checkpoints(session).update_checkpoint_position(held, held.stream_version)
+
+    with pytest.raises(ReservationLost):
+        work()
     assert projected(engine) is None
     bank.assert_sound(engine)
 
 
-def test_a_handler_of_the_consumer_uses_a_session_on_its_connection(
-    engine: Engine, subscription_id: int
-) -> None:
+def test_a_handler_of_the_consumer_uses_a_session_on_its_connection(engine: Engine) -> None:
     attempts: list[int] = []
 
     def handler(connection: Connection, reservation: Reservation) -> None:
@@ -97,9 +101,7 @@ def test_a_handler_of_the_consumer_uses_a_session_on_its_connection(
     bank.assert_sound(engine)
 
 
-def test_what_a_session_flushed_goes_when_the_handler_raises(
-    engine: Engine, subscription_id: int
-) -> None:
+def test_what_a_session_flushed_goes_when_the_handler_raises(engine: Engine) -> None:
     def handler(connection: Connection, reservation: Reservation) -> None:
         with Session(connection) as session:
             project(session, reservation)
@@ -112,7 +114,7 @@ def test_what_a_session_flushed_goes_when_the_handler_raises(
 
 
 def test_an_async_session_projects_and_moves_the_position(
-    migrated_url: URL, engine: Engine, subscription_id: int
+    migrated_url: URL, engine: Engine
 ) -> None:
     async def work() -> None:
         async_engine = create_async_engine(migrated_url)
@@ -125,10 +127,14 @@ def test_an_async_session_projects_and_moves_the_position(
             await session.run_sync(project, held)
             await session.flush()
             await AsyncCheckpoints(session).update_checkpoint_position(held, held.stream_version)
-        with pytest.raises(ReservationLost):
+
+        async def again() -> None:
             async with sessions.begin() as session:
                 await session.run_sync(project, held)
                 await AsyncCheckpoints(session).update_checkpoint_position(held, 2)
+
+        with pytest.raises(ReservationLost):
+            await again()
         await async_engine.dispose()
 
     asyncio.run(work())
@@ -137,7 +143,7 @@ def test_an_async_session_projects_and_moves_the_position(
 
 
 def test_a_handler_of_the_async_consumer_uses_an_async_session(
-    migrated_url: URL, engine: Engine, subscription_id: int
+    migrated_url: URL, engine: Engine
 ) -> None:
     async def handler(connection: AsyncConnection, reservation: Reservation) -> None:
         async with AsyncSession(connection) as session:

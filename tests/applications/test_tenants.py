@@ -45,7 +45,7 @@ class Tenant:
                 [CheckpointRecord(self.subscription_id, stream_name, 1)]
             )
 
-    def apply(self, connection: Connection, reservation: Reservation) -> None:
+    def apply(self, _connection: Connection, reservation: Reservation) -> None:
         self.applied.append(reservation.stream_name)
 
     def consumer(self) -> Consumer:
