@@ -24,7 +24,9 @@ from tests.applications import bank
 Handler = Callable[[AsyncConnection, Reservation], Awaitable[None]]
 
 
-def application(engine: AsyncEngine, subscription_id: int, handler: Handler) -> FastAPI:
+def application(
+    engine: AsyncEngine, subscription_id: int, handler: Handler, stopping: asyncio.Event
+) -> FastAPI:
     """A bank; its consumer runs from start-up to shutdown."""
     sessions = async_sessionmaker(engine)
 
@@ -37,6 +39,7 @@ def application(engine: AsyncEngine, subscription_id: int, handler: Handler) -> 
         try:
             yield
         finally:
+            app.state.stopping.set()
             consumer.stop()
             await running
 
@@ -47,6 +50,7 @@ def application(engine: AsyncEngine, subscription_id: int, handler: Handler) -> 
 
     InTransaction = Annotated[AsyncSession, Depends(session, scope="function")]  # noqa: N806
     app = FastAPI(lifespan=lifespan)
+    app.state.stopping = stopping
 
     @app.post("/accounts/{account}", status_code=201)
     async def book(account: str, amount: int, session: InTransaction) -> dict[str, int]:
@@ -63,13 +67,19 @@ def application(engine: AsyncEngine, subscription_id: int, handler: Handler) -> 
     return app
 
 
-def serve(url: URL, engine: Engine, work: Callable[..., Awaitable[Any]], handler: Handler) -> Any:
+def serve(
+    url: URL,
+    engine: Engine,
+    work: Callable[..., Awaitable[Any]],
+    handler: Handler = bank.apply_async,
+    stopping: asyncio.Event | None = None,
+) -> Any:
     """Run requests against the application, between its start-up and its shutdown."""
     subscription_id = bank.found(engine)
 
     async def run() -> Any:
         async_engine = create_async_engine(url)
-        app = application(async_engine, subscription_id, handler)
+        app = application(async_engine, subscription_id, handler, stopping or asyncio.Event())
         transport = httpx.ASGITransport(app)
         async with (
             asyncio.timeout(bank.DEADLINE),
@@ -95,7 +105,7 @@ def test_a_request_records_and_the_consumer_of_the_lifespan_applies(
         while bank.balance(engine, "account-1") != 70:
             await asyncio.sleep(0.01)
 
-    serve(migrated_url, engine, work, bank.apply_async)
+    serve(migrated_url, engine, work)
     bank.assert_sound(engine)
 
 
@@ -104,26 +114,24 @@ def test_a_request_that_raises_records_nothing(migrated_url: URL, engine: Engine
         assert (await client.post("/accounts/a", params={"amount": 0})).status_code == 422
         return (await client.get("/lagging")).json()
 
-    assert serve(migrated_url, engine, work, bank.apply_async) == []
+    assert serve(migrated_url, engine, work) == []
     assert bank.balance(engine, "a") is None
 
 
 def test_shutdown_awaits_the_handler_that_runs(migrated_url: URL, engine: Engine) -> None:
-    begun, leaving = asyncio.Event(), asyncio.Event()
+    begun, stopping = asyncio.Event(), asyncio.Event()
 
     async def slow(connection: AsyncConnection, reservation: Reservation) -> None:
         begun.set()
-        await leaving.wait()
-        # Shutdown runs until this handler waits for the database.
-        await asyncio.sleep(0)
+        # Until the consumer has been told to stop.
+        await stopping.wait()
         await bank.apply_async(connection, reservation)
 
     async def work(client: httpx.AsyncClient) -> None:
         await client.post("/accounts/account-1", params={"amount": 5})
         await begun.wait()
-        leaving.set()
 
-    serve(migrated_url, engine, work, slow)
+    serve(migrated_url, engine, work, slow, stopping)
     assert bank.balance(engine, "account-1") == 5
     with engine.connect() as connection:
         assert Checkpoints(connection).list_reservations() == []
