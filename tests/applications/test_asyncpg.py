@@ -23,6 +23,7 @@ from checkpoints.runtime import AsyncConsumer, AsyncRecorder, Consumer, Interest
 from tests.applications import bank
 from tests.support.databases import disposed
 from tests.support.factories import MINUTE
+from tests.support.samples import SAMPLES
 
 
 def on_asyncpg(url: URL, work: Callable[[AsyncEngine], Awaitable[Any]]) -> Any:
@@ -120,6 +121,21 @@ def test_errors_mean_what_they_mean_with_psycopg(migrated_url: URL, engine: Engi
                 await AsyncCheckpoints(connection).audit_checkpoints()
 
     on_asyncpg(migrated_url, work)
+
+
+def test_every_statement_runs(migrated_url: URL, engine: Engine) -> None:
+    bank.found(engine)
+
+    async def work(engine: AsyncEngine) -> set[str]:
+        executed = set()
+        for name, statement in SAMPLES.items():
+            async with engine.connect() as connection:
+                result = await connection.execute(statement)
+            assert list(result.keys()) == statement.selected_columns.keys()
+            executed.add(name)
+        return executed
+
+    assert on_asyncpg(migrated_url, work) == set(SAMPLES)
 
 
 @pytest.mark.parametrize("kind", [AsyncConsumer, AsyncRecorder])

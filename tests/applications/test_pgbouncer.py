@@ -18,7 +18,7 @@ import pytest
 from sqlalchemy import URL, Engine, NullPool, create_engine
 from sqlalchemy.ext.asyncio import create_async_engine
 
-from checkpoints import Reservation
+from checkpoints import Checkpoints, Reservation
 from checkpoints.runtime import AsyncConsumer, Consumer
 from tests.applications import bank
 from tests.support.databases import disposed
@@ -102,7 +102,7 @@ if BINARY is not None:
                     bank.until(lambda s=stream: bank.balance(engine, s) == 70, stream)  # type: ignore[misc]
             bank.assert_sound(bounced)
 
-    def test_an_error_is_recorded_and_a_token_fences(bouncer_url: URL, engine: Engine) -> None:
+    def test_an_error_of_a_handler_is_recorded(bouncer_url: URL, engine: Engine) -> None:
         subscription_id = bank.found(engine)
         attempts: list[int] = []
 
@@ -115,6 +115,9 @@ if BINARY is not None:
                 bank.append(connection, subscription_id, "account-1", 1)
             assert Consumer(bounced, bank.GROUP, handler, **SETTINGS).drain() == 0  # type: ignore[arg-type]
         assert attempts == [0]
+        with engine.connect() as connection:
+            (retry,) = Checkpoints(connection).list_retries()
+        assert retry.stream_name == "account-1"
         bank.assert_sound(engine)
 
     def test_a_consumer_of_asyncio(bouncer_url: URL, engine: Engine) -> None:
