@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Coroutine
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
@@ -22,7 +22,7 @@ from checkpoints._calls import Call
 from checkpoints.errors import SchemaNotMigrated, SubscriptionExists, UnknownSubscription
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 
 __all__ = ["AsyncCheckpoints", "Checkpoints"]
 
@@ -35,22 +35,53 @@ _FOREIGN_KEY = "fk_checkpoints_subscription_id"
 _NAME_IN_GROUP = "uq_subscriptions_subscription_group_id_name"
 
 
+class _Diagnosis(NamedTuple):
+    """What the server said of an error."""
+
+    sqlstate: str | None
+    message: str | None
+    detail: str | None
+    constraint: str | None
+
+
+def _diagnosed(error: DBAPIError) -> _Diagnosis | None:
+    """What the server said; None: it said nothing, or the driver tells it otherwise."""
+    diagnosis = getattr(error.orig, "diag", None)
+    if diagnosis is not None:
+        return _Diagnosis(
+            diagnosis.sqlstate,
+            diagnosis.message_primary,
+            diagnosis.message_detail,
+            diagnosis.constraint_name,
+        )
+    # asyncpg's error has it as attributes, each only where the server sent it.
+    raised: Any = error.driver_exception
+    if not hasattr(raised, "sqlstate"):
+        return None
+    return _Diagnosis(
+        raised.sqlstate,
+        getattr(raised, "message", None),
+        getattr(raised, "detail", None),
+        getattr(raised, "constraint_name", None),
+    )
+
+
 def _translated(error: DBAPIError) -> Exception:
     """What the error means to the caller; itself, where this layer knows no better."""
-    diagnosis = getattr(error.orig, "diag", None)
+    diagnosis = _diagnosed(error)
     if diagnosis is None:
         return error
     if diagnosis.sqlstate in _MISSING:
-        return SchemaNotMigrated(diagnosis.message_primary or diagnosis.sqlstate)
+        return SchemaNotMigrated(diagnosis.message or diagnosis.sqlstate)
     # Whatever the server's language, a detail quotes columns and values: Key (…)=(…).
-    detail = diagnosis.message_detail or ""
-    if diagnosis.sqlstate == "23503" and diagnosis.constraint_name == _FOREIGN_KEY:
+    detail = diagnosis.detail or ""
+    if diagnosis.sqlstate == "23503" and diagnosis.constraint == _FOREIGN_KEY:
         if "(id)=" in detail:
             # The other side: a subscription was deleted that a checkpoint refers to.
             return error
         named = re.search(r"=\((\d+)\)", detail)
         return UnknownSubscription(int(named[1]) if named else None)
-    if diagnosis.sqlstate == "23505" and diagnosis.constraint_name == _NAME_IN_GROUP:
+    if diagnosis.sqlstate == "23505" and diagnosis.constraint == _NAME_IN_GROUP:
         named = re.search(r"=\((\d+), (.*)\)", detail, re.DOTALL)
         return (
             SubscriptionExists(int(named[1]), named[2]) if named else SubscriptionExists(None, None)
@@ -113,7 +144,7 @@ class Checkpoints:
     the driver pass unwrapped.
     """
 
-    def __init__(self, connection: Connection | Session) -> None:
+    def __init__(self, connection: Connection | Session | scoped_session[Any]) -> None:
         if not isinstance(connection, Connection | Session | scoped_session):
             raise TypeError(
                 f"connection must be a Connection or a Session, not {connection!r}; "
@@ -170,7 +201,9 @@ class Checkpoints:
 class AsyncCheckpoints:
     """The statements on an `AsyncConnection` or an `AsyncSession`: `Checkpoints`, awaited."""
 
-    def __init__(self, connection: AsyncConnection | AsyncSession) -> None:
+    def __init__(
+        self, connection: AsyncConnection | AsyncSession | async_scoped_session[Any]
+    ) -> None:
         # Not imported here, for it needs greenlet; without it there is no such connection.
         loaded: Any = sys.modules.get("sqlalchemy.ext.asyncio")
         kinds = loaded and (

@@ -19,6 +19,7 @@ from sqlalchemy.util import greenlet_spawn
 from checkpoints.errors import ReservationLost
 from checkpoints.records import Reservation
 from checkpoints.runtime import _outcomes as outcomes
+from checkpoints.runtime._driver import check_driver
 from checkpoints.runtime._held import Holding, sever
 from checkpoints.runtime._outage import Backoff, OutageLog, is_outage, is_passing
 from checkpoints.runtime._outcomes import Attempt, Failure, Goal
@@ -113,6 +114,7 @@ class AsyncConsumer:
     ) -> None:
         if not isinstance(engine, AsyncEngine):
             raise TypeError(f"engine must be an AsyncEngine, not {engine!r}")
+        check_driver(engine.sync_engine)
         self._engine = engine
         # Its own statements are one a transaction, and gain nothing by a stricter level.
         self._own = engine.execution_options(isolation_level="READ COMMITTED")
@@ -574,6 +576,13 @@ class AsyncConsumer:
                 if notification.payload == self._settings.group:
                     self.wake()
         finally:
+            # As it was taken: an application's creator may have taken it from a pool of its own,
+            # and in autocommit the next handler's writes and position would commit apart.
+            with suppress(Exception):
+                async with asyncio.timeout(_PATIENCE / 2):
+                    await connection.execute("UNLISTEN *")
+            with suppress(Exception):
+                await connection.set_autocommit(False)
             await connection.close()
 
     # --- ending

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from checkpoints.runtime import _recording as recording
+from checkpoints.runtime._driver import check_driver
 from checkpoints.runtime._outage import Backoff, OutageLog, is_conflict, is_outage
 from checkpoints.runtime._recording import Group, Interest, RecorderSettings, Turn
 from checkpoints.runtime.reading import Message, Position
@@ -42,6 +43,7 @@ class AsyncRecorder:
         # Not isinstance: sqlalchemy.ext.asyncio needs greenlet, which not everybody has.
         if not hasattr(engine, "sync_engine"):
             raise TypeError(f"engine must be an AsyncEngine, not {engine!r}")
+        check_driver(engine.sync_engine)
         self.settings = RecorderSettings(
             group=group, read=read, interests=recording.listed_interests(interests), **settings
         )

@@ -24,6 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from checkpoints.errors import ReservationLost
 from checkpoints.records import Reservation
 from checkpoints.runtime import _outcomes as outcomes
+from checkpoints.runtime._driver import check_driver
 from checkpoints.runtime._held import Bundle, Held
 from checkpoints.runtime._keeper import Keeper
 from checkpoints.runtime._outage import Backoff, OutageLog, is_outage, is_passing
@@ -84,7 +85,8 @@ class Consumer:
     (SQLSTATE 40001, 40P01) or when its connection broke; what it wrote before is rolled back.
 
     The engine's pool should hold `concurrency` + 2 connections; fewer work, and wait for each
-    other. A connection that listens is made besides. With an isolation level of REPEATABLE READ or
+    other. A connection that listens is made besides. An engine of another driver than psycopg is
+    refused, by ValueError. With an isolation level of REPEATABLE READ or
     SERIALIZABLE the reservation of a running handler cannot be extended, so let
     `reservation_timeout` be longer than handlers take. AUTOCOMMIT is refused.
     """
@@ -100,6 +102,7 @@ class Consumer:
     ) -> None:
         if not isinstance(engine, Engine):
             raise TypeError(f"engine must be an Engine, not {engine!r}")
+        check_driver(engine)
         self._engine = engine
         # Its own statements are one a transaction, and gain nothing by a stricter level.
         self._own = engine.execution_options(isolation_level="READ COMMITTED")

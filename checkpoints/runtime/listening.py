@@ -83,5 +83,11 @@ class Listener(threading.Thread):
                     if notification.payload == self._group:
                         self._wake()
         finally:
+            # As it was taken: an application's creator may have taken it from a pool of its own,
+            # and in autocommit the next handler's writes and position would commit apart.
+            with suppress(Exception):
+                connection.execute("UNLISTEN *")
+            with suppress(Exception):
+                connection.autocommit = False
             with suppress(Exception):
                 connection.close()

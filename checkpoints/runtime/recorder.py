@@ -14,6 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine
 
 from checkpoints.runtime import _recording as recording
+from checkpoints.runtime._driver import check_driver
 from checkpoints.runtime._outage import Backoff, OutageLog, is_conflict, is_outage
 from checkpoints.runtime._recording import Group, Interest, RecorderSettings, Start, Turn
 from checkpoints.runtime.reading import Message, Position
@@ -35,7 +36,8 @@ class Recorder:
     engine's pool, for a batch at a time. The other arguments: see `RecorderSettings`.
 
     Raises:
-        TypeError, ValueError: a bad argument, or `read` answered messages out of order.
+        TypeError, ValueError: a bad argument, an engine of another driver than psycopg, or `read`
+            answered messages out of order.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Recorder:
     ) -> None:
         if not isinstance(engine, Engine):
             raise TypeError(f"engine must be an Engine, not {engine!r}")
+        check_driver(engine)
         self.settings = RecorderSettings(
             group=group, read=read, interests=recording.listed_interests(interests), **settings
         )

@@ -1,0 +1,1 @@
+"""The toolkit within applications: frameworks, pools, drivers, schemas, keys that refer to it."""
