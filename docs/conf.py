@@ -18,7 +18,7 @@ from typing import Any
 from pygments.lexers.sql import PostgresLexer
 
 import checkpoints
-from checkpoints import embedded, migrations, runtime
+from checkpoints import embedded, migrations, runtime, testing
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -77,7 +77,7 @@ pygments_dark_style = "native"
 copybutton_exclude = ".linenos, .gp, .go"
 
 # Public names, and the modules that they are documented in.
-_MODULES = (runtime, embedded, migrations, checkpoints)
+_MODULES = (runtime, embedded, migrations, testing, checkpoints)
 PUBLIC = {name: module.__name__ for module in _MODULES for name in module.__all__}
 
 
