@@ -90,7 +90,7 @@ async def process_async(
     stream_version: int | None = None,
 ) -> CheckpointDetail:
     """Run a handler of an `AsyncConsumer`; all else is as `process` says."""
-    if isinstance(connection, Connection) or not hasattr(connection, "run_sync"):
+    if not hasattr(connection, "run_sync"):
         raise TypeError(f"connection must be an AsyncConnection, not {connection!r}")
     checked_handlers(handler, blocking=False)
     async with connection.begin_nested() as savepoint:

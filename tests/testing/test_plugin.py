@@ -153,7 +153,7 @@ def test_on_an_embedded_server(project: pytest.Pytester, monkeypatch: pytest.Mon
 def test_from_the_wheel(
     project: pytest.Pytester, server: URL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = ["-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT]
+    command = ["-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     subprocess.run([sys.executable, *command], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -245,7 +245,5 @@ def test_nothing_is_loaded_for_those_who_do_not_ask(pytester: pytest.Pytester) -
 
 
 def test_a_handler_is_run_without_pytest() -> None:
-    code = (
-        "import sys; import checkpoints.testing; assert not {'pytest', '_pytest'} & {*sys.modules}"
-    )
+    code = "import sys, checkpoints.testing; assert '_pytest' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
