@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from sqlalchemy import URL, create_engine, make_url, text
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import NullPool
 
 from alembic import command
@@ -127,7 +127,7 @@ def _reachable(given: str) -> URL:
             may = connection.scalar(
                 text("SELECT rolcreatedb OR rolsuper FROM pg_roles WHERE rolname = current_user")
             )
-    except OperationalError as error:
+    except DBAPIError as error:
         raise ServerUnavailable(
             f"the server of {VARIABLE} cannot be had, {url!r}: {error.orig}"
         ) from error
