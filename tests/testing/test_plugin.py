@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import subprocess
 import sys
 import zipfile
@@ -15,6 +16,8 @@ from tests.docs.pages import ROOT
 from tests.support.databases import Databases, disposed
 
 CONFTEST = """
+from pathlib import Path
+
 import pytest
 from sqlalchemy import create_engine, text
 
@@ -27,6 +30,8 @@ pytest_plugins = ["checkpoints.testing"]
 def checkpoints_migrate(checkpoints_migrate):
     def migrate(url):
         checkpoints_migrate(url)
+        with Path(__file__).with_name("templates").open("a") as file:
+            print(url.database, file=file)
         # Its connections are left open.
         engine = create_engine(url)
         with engine.begin() as connection:
@@ -130,19 +135,21 @@ def run(project: pytest.Pytester, *options: str) -> pytest.RunResult:
     return project.runpytest_subprocess("-W", "error", "-p", "no:cacheprovider", *options)
 
 
-def left_over(server: URL) -> list[str]:
-    """The databases of the user's tests that are still there."""
+def left_over(project: pytest.Pytester, server: URL, sessions: int) -> list[str]:
+    """The databases of the user's tests that are still there; others may use the server."""
+    templates = (project.path / "templates").read_text().split()
+    assert len(set(templates)) == sessions
+    prefixes = tuple(template.rpartition("_")[0] for template in templates)
     engine = create_engine(server)
-    found = text("SELECT datname FROM pg_database WHERE datname LIKE 'checkpoints_test_%'")
     with disposed(engine), engine.connect() as connection:
-        return list(connection.scalars(found))
+        names = connection.scalars(text("SELECT datname FROM pg_database"))
+        return [name for name in names if name.startswith(prefixes)]
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_on_a_named_server(project: pytest.Pytester, server: URL, workers: str) -> None:
-    before = set(left_over(server))
-    run(project, "-n", workers).assert_outcomes(passed=COUNT)
-    assert set(left_over(server)) <= before
+@pytest.mark.parametrize("workers", [0, 2])
+def test_on_a_named_server(project: pytest.Pytester, server: URL, workers: int) -> None:
+    run(project, "-n", str(workers)).assert_outcomes(passed=COUNT)
+    assert left_over(project, server, max(1, workers)) == []
 
 
 def test_on_an_embedded_server(project: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +203,7 @@ def test_a_server_that_cannot_be_had_is_a_failure(
 def test_a_role_without_rights_is_a_failure(
     project: pytest.Pytester, server: URL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    role = "checkpoints_test_role"
+    role = f"checkpoints_test_role_{secrets.token_hex(4)}"
     engine = create_engine(server, isolation_level="AUTOCOMMIT")
     with disposed(engine), engine.connect() as connection:
         connection.execute(text(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'"))
