@@ -41,7 +41,7 @@ TESTS = (
     "tests/test_executing.py",
 )
 # A part that takes a minute or two.
-STATEMENTS = ("tests/statements", "tests/rule", "tests/test_executing.py")
+STATEMENTS = ("tests/statements", "tests/rule/test_triggers.py", "tests/test_executing.py")
 
 # Wheels of psycopg-binary came after the release that is the oldest allowed.
 FIRST_BINARY = {(3, 13): "3.2.2", (3, 14): "3.2.10"}
