@@ -29,9 +29,10 @@ __all__ = [
     "SubscriptionStatus",
 ]
 
+_JSONScalar: TypeAlias = str | int | float | bool | None
+# One text: of several, which Python joins, pyright makes nothing.
 JSONValue: TypeAlias = (
-    "dict[str, JSONValue] | list[JSONValue] | tuple[JSONValue, ...]"
-    " | str | int | float | bool | None"
+    "dict[str, JSONValue] | list[JSONValue] | tuple[JSONValue, ...] | _JSONScalar"
 )
 
 

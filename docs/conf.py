@@ -18,7 +18,7 @@ from typing import Any
 from pygments.lexers.sql import PostgresLexer
 
 import checkpoints
-from checkpoints import embedded, migrations, runtime
+from checkpoints import embedded, migrations, runtime, testing
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -42,7 +42,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(sqlalchemy|alembic|datetime|pathlib|collections)\..*"),
     # Imported for the type checker only.
-    (r"py:.*", r"AsyncConnection|AsyncEngine|AsyncSession"),
+    (r"py:.*", r"AsyncConnection|AsyncEngine|AsyncSession|async_scoped_session"),
     # Names for the type checker: the pages say in words what they hold.
     (r"py:.*", r"(checkpoints\.[\w.]+\.)?(ConsumerOptions|_Answer_co|AsyncRead|Read|Op)"),
 ]
@@ -77,7 +77,7 @@ pygments_dark_style = "native"
 copybutton_exclude = ".linenos, .gp, .go"
 
 # Public names, and the modules that they are documented in.
-_MODULES = (runtime, embedded, migrations, checkpoints)
+_MODULES = (runtime, embedded, migrations, testing, checkpoints)
 PUBLIC = {name: module.__name__ for module in _MODULES for name in module.__all__}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import Column, Computed, Enum, Index, Table, UniqueConstraint, make_url
 
 import checkpoints
-from checkpoints import embedded, errors, migrations, records, runtime, statements
+from checkpoints import embedded, errors, migrations, records, runtime, statements, testing
 from checkpoints.runtime import telemetry
 from checkpoints.runtime._recording import RecorderSettings
 from checkpoints.tables import metadata
@@ -429,6 +429,7 @@ GENERATED: dict[str, Callable[[], str]] = {
     "docs/reference/tables.md": of_tables,
     "docs/reference/migrations.md": lambda: of_module(migrations),
     "docs/reference/embedded.md": lambda: of_module(embedded),
+    "docs/reference/testing.md": lambda: of_module(testing),
 }
 
 # Files of which nothing is written by hand.

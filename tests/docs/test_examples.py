@@ -40,6 +40,8 @@ TESTS = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[dev]' && .venv/
 
 # These pages make the schema themselves; the others find it.
 IN_AN_APPLICATION = "docs/how-to/add-to-an-existing-application.md"
+# These write files, not into the root of the clone.
+IN_A_FOLDER = {IN_AN_APPLICATION, "docs/how-to/test-your-handlers.md"}
 ON_AN_EMPTY_DATABASE = {
     "README.md",
     "docs/how-to/migrate.md",
@@ -178,8 +180,7 @@ def violations(url: URL) -> list[Any]:
 @pytest.mark.usefixtures("role")
 def test_examples_run(environment: URL, page: str, tmp_path: Path) -> None:
     namespace: dict[str, Any] = {}
-    # In the root of the clone, but for the page that makes an application.
-    folder = tmp_path if page == IN_AN_APPLICATION else ROOT
+    folder = tmp_path if page in IN_A_FOLDER else ROOT
     run = partial(run_example, environment, page, folder)
     try:
         for example in examples(ROOT / page, run):

@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 import checkpoints
-from checkpoints import embedded, migrations, runtime, statements
+from checkpoints import embedded, migrations, runtime, statements, testing
 from tests.docs import reference
 from tests.docs.pages import PAGES, ROOT
 
@@ -46,7 +46,9 @@ def on_the_site() -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "module", [checkpoints, runtime, embedded, migrations], ids=lambda module: module.__name__
+    "module",
+    [checkpoints, runtime, embedded, migrations, testing],
+    ids=lambda module: module.__name__,
 )
 def test_the_site_has_every_public_name_once(module: ModuleType) -> None:
     # `alembic_config` is a name of two modules, and described in one.
