@@ -216,8 +216,9 @@ def test_the_verdict_sees_a_broken_rule(database_url: URL, odd_repository: Path)
         with engine.begin() as connection:
             connection.execute(
                 text(
-                    f"INSERT INTO {SCHEMA}.checkpoints_ready (id, process_at)"
-                    f" SELECT min(id), 'infinity' FROM {SCHEMA}.checkpoints"
+                    f"INSERT INTO {SCHEMA}.checkpoints_ready (id, process_at, subscription_id)"
+                    f" SELECT id, 'infinity', subscription_id FROM {SCHEMA}.checkpoints"
+                    " ORDER BY id LIMIT 1"
                 )
             )
         assert "audit_checkpoints()" in failing(verdict(engine, repository))

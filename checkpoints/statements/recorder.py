@@ -106,7 +106,8 @@ def advance_lagging_subscription_checkpoints(
     """Move lagging checkpoints of a subscription to their version: start from now.
 
     Position := version, status active, attempts and errors cleared. Reserved ones are left alone.
-    At most `limit` a call: call again, each in a transaction of its own, until no row comes back.
+    At most `limit` a call, whichever they are: call again, each in a transaction of its own, until
+    no row comes back.
 
     Rows: id of each that was moved. Locks them in the common order and waits.
     """
