@@ -41,7 +41,13 @@ TESTS = (
     "tests/test_executing.py",
 )
 # A part that takes a minute or two.
-STATEMENTS = ("tests/statements", "tests/rule/test_triggers.py", "tests/test_executing.py")
+STATEMENTS = (
+    "tests/statements/test_consumer.py",
+    "tests/statements/test_recorder.py",
+    "tests/statements/test_claiming.py",
+    "tests/statements/test_update_positions.py",
+    "tests/test_executing.py",
+)
 
 # Wheels of psycopg-binary came after the release that is the oldest allowed.
 FIRST_BINARY = {(3, 13): "3.2.2", (3, 14): "3.2.10"}
