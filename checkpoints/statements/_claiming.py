@@ -51,8 +51,7 @@ def claim(
     due_at: Column[datetime],
     *conditions: ColumnElement[bool],
     is_served: tuple[ColumnElement[bool], ...] = (),
-    since: ColumnElement[datetime | None] | None = None,
-    looks_at_head: bool = False,
+    due_since: ColumnElement[datetime | None] | None = None,
 ) -> CTE:
     """Lock checkpoints of a group that are due in a hot table, the oldest first, waiting for none.
 
@@ -70,8 +69,8 @@ def claim(
         due_at: The hot table's time.
         conditions: What the main row, `main`, must be.
         is_served: What a `subscription` of the group must be.
-        since: What was due before is not looked for; null: all is. It needs `looks_at_head`.
-        looks_at_head: Whether a group of many subscriptions is looked for at the head first.
+        due_since: What was due before is not looked for; null: all is. With it, a group of many
+            subscriptions is looked for at the head first. Without (None), neither.
     """
     due_at = due_at.table.alias("hot").c[due_at.name]
     served = (
@@ -84,10 +83,10 @@ def claim(
     )
     limit = template.integer(f"{prefix}_limit")
     found: Select[int] | CompoundSelect[int]
-    if looks_at_head and since is not None:
-        found = _found_at_head_first(prefix, due_at, conditions, served, since, limit)
-    else:
+    if due_since is None:
         found = _found_by_subscription(due_at, conditions, served, template.LONG_AGO, limit)
+    else:
+        found = _found_at_head_first(prefix, due_at, conditions, served, due_since, limit)
     either = found.subquery("found")
     return template.materialized(select(either.c.id).limit(limit), f"{prefix}_claimed")
 

@@ -47,9 +47,9 @@ S = TypeVar("S", bound=Select[*tuple[Any, ...]])
 ZERO: ColumnElement[int] = literal_column("0", Integer())
 ACTIVE: ColumnElement[Any] = literal_column("'active'", checkpoint_status)
 RETRY: ColumnElement[Any] = literal_column("'retry'", checkpoint_status)
+FAILED: ColumnElement[Any] = literal_column("'failed'", checkpoint_status)
 LONG_AGO: ColumnElement[datetime] = literal_column("'-infinity'::timestamptz", TIMESTAMP)
 FAR_AHEAD: ColumnElement[datetime] = literal_column("'infinity'::timestamptz", TIMESTAMP)
-FAILED: ColumnElement[Any] = literal_column("'failed'", checkpoint_status)
 
 
 def bind(statement: S, /, **values: Any) -> S:

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from sqlalchemy import (
+    CTE,
     BigInteger,
     ColumnElement,
     FromClause,
@@ -125,8 +126,7 @@ def _reserve() -> Select[
         main.c.process_at <= template.statement_time(),
         main.c.reserved_until.is_(None),
         is_served=_is_served("reserve", subscription),
-        since=template.timestamp("reserve_due_since"),
-        looks_at_head=True,
+        due_since=template.timestamp("reserve_due_since"),
     )
     reserved = (
         template.update_checkpoints(main)
@@ -145,6 +145,13 @@ def _reserve() -> Select[
         )
         .cte("reserved")
     )
+    return reservations_of(reserved)
+
+
+def reservations_of(
+    reserved: CTE,
+) -> Select[int, int, str, str, int, int, int, CheckpointStatus, int | None, datetime, datetime]:
+    """The rows of reservations, of main rows that were reserved."""
     return (
         select(
             reserved.c.id,

@@ -6,7 +6,7 @@ from collections.abc import Awaitable
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, func, update
 
 from checkpoints.errors import CheckpointsError
 from checkpoints.executing import Checkpoints
@@ -14,7 +14,8 @@ from checkpoints.records import CheckpointDetail, CheckpointRecord, CheckpointSt
 from checkpoints.runtime import ConsumerSettings, Handler, OutsideTransaction
 from checkpoints.runtime import _outcomes as outcomes
 from checkpoints.runtime.settings import checked_handlers
-from checkpoints.tables import checkpoints, subscriptions
+from checkpoints.statements.consumer import reservations_of
+from checkpoints.tables import checkpoints
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -125,21 +126,7 @@ def _reserve(
         .returning(*checkpoints.c)
         .cte("reserved")
     )
-    row = connection.execute(
-        select(
-            reserved.c.id,
-            reserved.c.subscription_id,
-            subscriptions.c.name.label("subscription_name"),
-            reserved.c.stream_name,
-            reserved.c.stream_position,
-            reserved.c.stream_version,
-            reserved.c.retry_attempts,
-            reserved.c.status,
-            subscriptions.c.replay_target_position,
-            reserved.c.reserved_until,
-            reserved.c.process_at,
-        ).join(subscriptions, subscriptions.c.id == reserved.c.subscription_id)
-    ).one_or_none()
+    row = connection.execute(reservations_of(reserved)).one_or_none()
     if row is None:
         raise NothingToProcess(
             subscription_id, stream_name, _why_not(connection, subscription_id, stream_name)

@@ -114,6 +114,8 @@ WHERE relation = to_regclass('checkpoints.checkpoints') AND NOT granted
 """
 
 
+VERSION = text("SELECT version_num FROM checkpoints.alembic_version")
+
 UNPROJECTED = """
 SELECT id FROM checkpoints.checkpoints AS main
 WHERE CASE WHEN reserved_until IS NULL THEN process_at END IS DISTINCT FROM (

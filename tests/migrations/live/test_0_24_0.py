@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +11,9 @@ from sqlalchemy.exc import OperationalError
 
 from tests.migrations.support import (
     HEAD,
+    ROOT,
     UNPROJECTED,
+    VERSION,
     WAITS_FOR_A_ROW,
     WAITS_FOR_THE_TABLE,
     downgrade,
@@ -23,11 +24,15 @@ from tests.migrations.support import (
 )
 from tests.support.factories import violations
 
-VERSION = text("SELECT version_num FROM checkpoints.alembic_version")
 WITHOUT_SUBSCRIPTION = text(
     "SELECT id FROM checkpoints.checkpoints_ready WHERE subscription_id IS NULL "
     "UNION ALL SELECT id FROM checkpoints.checkpoints_reserved WHERE subscription_id IS NULL"
 )
+# As 0.23.0 had them; one of them the benchmark runs too.
+STATEMENTS = {
+    "reserve": ROOT / "tests" / "benchmarks" / "sql" / "0_23_0" / "reserve.sql",
+    "recover": Path(__file__).with_name("recover_0_23_0.sql"),
+}
 INVALID = text("SELECT CAST(indexrelid AS regclass) FROM pg_index WHERE NOT indisvalid")
 WAITS_FOR_TRANSACTIONS = """
 SELECT pid FROM pg_stat_activity
@@ -44,25 +49,6 @@ def url_at_0_23_0(database_url: URL) -> URL:
         fill(connection, 18_000)
     upgrade(database_url, "0.23.0")
     return database_url
-
-
-@pytest.fixture
-def in_a_thread() -> Iterator[ThreadPoolExecutor]:
-    """A thread that ends after the connections, for whose locks it may wait."""
-    with ThreadPoolExecutor(1) as executor:
-        yield executor
-
-
-@pytest.fixture
-def connection(url: URL, in_a_thread: ThreadPoolExecutor) -> Iterator[Connection]:  # noqa: ARG001
-    with engine_of(url) as engine, engine.connect() as made:
-        yield made
-
-
-@pytest.fixture
-def other(url: URL, in_a_thread: ThreadPoolExecutor) -> Iterator[Connection]:  # noqa: ARG001
-    with engine_of(url) as engine, engine.connect() as made:
-        yield made
 
 
 def terminate(connection: Connection, pid: int) -> None:
@@ -170,13 +156,13 @@ def test_a_transaction_that_cannot_see_the_new_hot_rows_fails_and_leaves_none_be
     assert violations(other) == []
 
 
-@pytest.mark.parametrize("statement", ["reserve", "recover"])
+@pytest.mark.parametrize("statement", STATEMENTS)
 def test_the_statements_of_0_23_0_still_work(
     url: URL, connection: Connection, statement: str
 ) -> None:
     """The application may go on until it is deployed anew."""
     upgrade(url)
-    sql = Path(__file__).with_name(f"{statement}_0_23_0.sql").read_text()
+    sql = STATEMENTS[statement].read_text()
     values = {
         "reserve_group_name": "accounts",
         "reserve_timeout": "1 min",

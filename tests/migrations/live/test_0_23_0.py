@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -14,6 +14,7 @@ from sqlalchemy.exc import OperationalError
 from tests.migrations.support import (
     HEAD,
     UNPROJECTED,
+    VERSION,
     WAITS_FOR_A_ROW,
     WAITS_FOR_THE_TABLE,
     OldApplication,
@@ -28,7 +29,6 @@ from tests.migrations.support import (
 from tests.support.factories import violations
 
 WRITERS = 8
-VERSION = text("SELECT version_num FROM checkpoints.alembic_version")
 
 
 @pytest.fixture(name="url")
@@ -38,25 +38,6 @@ def url_of_the_old_schema(database_url: URL) -> URL:
     with engine_of(database_url) as engine, engine.connect() as connection:
         fill(connection, 12_000)
     return database_url
-
-
-@pytest.fixture
-def in_a_thread() -> Iterator[ThreadPoolExecutor]:
-    """A thread that ends after the connections, for whose locks it may wait."""
-    with ThreadPoolExecutor(1) as executor:
-        yield executor
-
-
-@pytest.fixture
-def connection(url: URL, in_a_thread: ThreadPoolExecutor) -> Iterator[Connection]:  # noqa: ARG001
-    with engine_of(url) as engine, engine.connect() as made:
-        yield made
-
-
-@pytest.fixture
-def other(url: URL, in_a_thread: ThreadPoolExecutor) -> Iterator[Connection]:  # noqa: ARG001
-    with engine_of(url) as engine, engine.connect() as made:
-        yield made
 
 
 def change(connection: Connection, *ids: int, table: str = "checkpoints") -> None:
