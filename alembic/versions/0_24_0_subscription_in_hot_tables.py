@@ -598,7 +598,7 @@ def upgrade() -> None:
             drop_index(name)
         execute(IMPATIENT)
         execute("ANALYZE %(schema)s.checkpoints_ready, %(schema)s.checkpoints_reserved")
-    lock("ACCESS EXCLUSIVE", *HOT_TABLES)
+    lock("SHARE ROW EXCLUSIVE", "checkpoints", *HOT_TABLES)
     for table in HOT_TABLES:
         op.alter_column(table, "subscription_id", nullable=False, schema=schema)
     execute(PREPROCESSOR)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -210,6 +210,43 @@ def test_who_reads_a_hot_table_and_then_writes_is_no_victim_of_the_upgrade(
     )
     connection.execute(text("UPDATE checkpoints.checkpoints SET stream_version = 8 WHERE id = 2"))
     connection.commit()
+    migration.result()
+    assert violations(other) == []
+
+
+def test_who_has_one_hot_table_and_wants_the_other_is_no_victim_of_the_end(
+    url: URL, connection: Connection, other: Connection, in_a_thread: ThreadPoolExecutor
+) -> None:
+    """At the end, too, the upgrade waits for the writers before it locks a hot table."""
+    connection.execution_options(isolation_level="REPEATABLE READ")
+    connection.execute(text("SELECT count(*) FROM pg_class"))
+    migration = in_a_thread.submit(upgrade, url)
+    eventually(other, WAITS_FOR_TRANSACTIONS)
+    with engine_of(url) as engine, engine.connect() as reader, ThreadPoolExecutor(1) as executor:
+        reader.execute(text("SELECT count(*) FROM checkpoints.checkpoints_ready"))
+        connection.rollback()
+        # It has built the indexes, and comes to the reader.
+        eventually(
+            other,
+            "SELECT true FROM pg_locks WHERE NOT granted "
+            "AND relation = to_regclass('checkpoints.checkpoints_ready')",
+        )
+        # Finds a circle sooner than the upgrade gives up its wait for the second of the two.
+        other.execute(text("SET deadlock_timeout = '60ms'"))
+        other.execute(
+            text(
+                "UPDATE checkpoints.checkpoints SET reserved_until = now() + interval '2 hours' "
+                "WHERE id = (SELECT min(id) FROM checkpoints.checkpoints_reserved)"
+            )
+        )
+        statement = text("UPDATE checkpoints.checkpoints SET process_at = now() WHERE id = 2")
+        writing = executor.submit(other.execute, statement)
+        # It may wait behind the upgrade, and that for the reader, which ends before the circle is
+        # looked for.
+        wait([writing], timeout=0.02)
+        reader.rollback()
+        assert writing.result(timeout=30).rowcount == 1
+        other.commit()
     migration.result()
     assert violations(other) == []
 
