@@ -26,6 +26,7 @@ from sqlalchemy import (
     or_,
     select,
     true,
+    tuple_,
     union_all,
 )
 
@@ -113,12 +114,11 @@ def _found_by_subscription(
         .order_by(oldest.c.due_at)
         .subquery("waiting")
     )
-    # A limit that is never reached, and that the planner cannot know, has it plan for the first
-    # rows: else it may read and sort all.
+    # A limit that is never reached.
     due = (
         template.oldest_of_subscription(due_at, waiting.c.id, since=since, until=now)
         .where(*only)
-        .limit(limit + literal_column("1000000", BigInteger()))
+        .limit(_unknown(limit + literal_column("1000000", BigInteger())))
         .lateral("due")
     )
     locked = _locked(due, waiting.c.id, conditions)
@@ -148,11 +148,18 @@ def _found_at_head_first(
     has_many = select(asked.c.has_many).scalar_subquery()
     since: ColumnElement[datetime] = select(asked.c.since).scalar_subquery()
     depth = literal_column(str(_AT_HEAD), Integer()) + literal_column("2", Integer()) * limit
+    # Compared with the id, which changes nothing: of two bounds on the time alone, whose values it
+    # does not know, the planner expects so few rows that it may read and sort all.
+    key = tuple_(due_at, hot.c.id)
     head = template.materialized(
         select(hot.c.id, hot.c.subscription_id)
-        .where(has_many, due_at >= since, due_at <= template.statement_time())
+        .where(
+            has_many,
+            key >= tuple_(since, template.LEAST_ID),
+            key <= tuple_(template.statement_time(), template.GREATEST_ID),
+        )
         .order_by(due_at)
-        .limit(depth),
+        .limit(_unknown(depth)),
         f"{prefix}_head",
     )
     # OFFSET 0: one look-up for each of a few rows, in their order, not a join.
@@ -170,6 +177,15 @@ def _found_at_head_first(
     is_new = due_at.table.c.id != all_(func.array(select(head.c.id).scalar_subquery()))
     by_subscription = _found_by_subscription(due_at, conditions, served, since, limit, is_new)
     return union_all(at_head, by_subscription.where(or_(~has_many, is_left)))
+
+
+def _unknown(limit: ColumnElement[int]) -> ColumnElement[int]:
+    """A limit that the planner cannot know, so that it plans for the first rows.
+
+    With a large one, or with none, it may read and sort all. It knows even a parameter's value when
+    it plans for one execution; a subquery's it does not.
+    """
+    return select(limit).scalar_subquery()
 
 
 def _locked(

@@ -50,6 +50,8 @@ RETRY: ColumnElement[Any] = literal_column("'retry'", checkpoint_status)
 FAILED: ColumnElement[Any] = literal_column("'failed'", checkpoint_status)
 LONG_AGO: ColumnElement[datetime] = literal_column("'-infinity'::timestamptz", TIMESTAMP)
 FAR_AHEAD: ColumnElement[datetime] = literal_column("'infinity'::timestamptz", TIMESTAMP)
+LEAST_ID: ColumnElement[int] = literal_column("(-9223372036854775808)", BigInteger())
+GREATEST_ID: ColumnElement[int] = literal_column("9223372036854775807", BigInteger())
 
 
 def bind(statement: S, /, **values: Any) -> S:

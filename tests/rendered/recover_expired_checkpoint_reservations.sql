@@ -12,7 +12,7 @@ WHERE (hot.subscription_id, hot.reserved_until) >= (recover_served.id, '-infinit
  LIMIT 1) AS oldest ON true ORDER BY oldest.due_at) AS waiting JOIN LATERAL (SELECT hot.id AS id
 FROM checkpoints.checkpoints_reserved AS hot
 WHERE (hot.subscription_id, hot.reserved_until) >= (waiting.id, '-infinity'::timestamptz) AND (hot.subscription_id, hot.reserved_until) <= (waiting.id, statement_timestamp()) ORDER BY hot.subscription_id, hot.reserved_until
- LIMIT %(recover_limit)s::INTEGER + 1000000) AS due ON true JOIN LATERAL (SELECT main.id AS id
+ LIMIT (SELECT %(recover_limit)s::INTEGER + 1000000 AS anon_1)) AS due ON true JOIN LATERAL (SELECT main.id AS id
 FROM checkpoints.checkpoints AS main
 WHERE main.id = due.id AND main.subscription_id = waiting.id AND main.reserved_until <= statement_timestamp() FOR NO KEY UPDATE OF main SKIP LOCKED) AS locked ON true) AS found
  LIMIT %(recover_limit)s::INTEGER),

@@ -11,9 +11,9 @@ reserve_head AS MATERIALIZED
 (SELECT hot.id AS id, hot.subscription_id AS subscription_id
 FROM checkpoints.checkpoints_ready AS hot
 WHERE (SELECT reserve_asked.has_many
-FROM reserve_asked) AND hot.process_at >= (SELECT reserve_asked.since
-FROM reserve_asked) AND hot.process_at <= statement_timestamp() ORDER BY hot.process_at
- LIMIT 32 + 2 * %(reserve_limit)s::INTEGER),
+FROM reserve_asked) AND (hot.process_at, hot.id) >= ((SELECT reserve_asked.since
+FROM reserve_asked), (-9223372036854775808)) AND (hot.process_at, hot.id) <= (statement_timestamp(), 9223372036854775807) ORDER BY hot.process_at
+ LIMIT (SELECT 32 + 2 * %(reserve_limit)s::INTEGER AS anon_1)),
 reserve_claimed AS MATERIALIZED
 (SELECT found.id AS id
 FROM (SELECT locked.id AS id
@@ -33,11 +33,11 @@ FROM checkpoints.checkpoints_ready AS hot
 WHERE (hot.subscription_id, hot.process_at) >= (waiting.id, (SELECT reserve_asked.since
 FROM reserve_asked)) AND (hot.subscription_id, hot.process_at) <= (waiting.id, statement_timestamp()) AND hot.id != ALL (array((SELECT reserve_head.id
 FROM reserve_head))) ORDER BY hot.subscription_id, hot.process_at
- LIMIT %(reserve_limit)s::INTEGER + 1000000) AS due ON true JOIN LATERAL (SELECT main.id AS id
+ LIMIT (SELECT %(reserve_limit)s::INTEGER + 1000000 AS anon_2)) AS due ON true JOIN LATERAL (SELECT main.id AS id
 FROM checkpoints.checkpoints AS main
 WHERE main.id = due.id AND main.subscription_id = waiting.id AND main.process_at <= statement_timestamp() AND main.reserved_until IS NULL FOR NO KEY UPDATE OF main SKIP LOCKED) AS locked ON true
 WHERE NOT (SELECT reserve_asked.has_many
-FROM reserve_asked) OR (SELECT count(*) = 32 + 2 * %(reserve_limit)s::INTEGER AS anon_1
+FROM reserve_asked) OR (SELECT count(*) = 32 + 2 * %(reserve_limit)s::INTEGER AS anon_3
 FROM reserve_head)) AS found
  LIMIT %(reserve_limit)s::INTEGER),
 reserved AS
