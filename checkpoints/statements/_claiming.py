@@ -89,7 +89,9 @@ def claim(
     else:
         found = _found_at_head_first(prefix, due_at, conditions, served, due_since, limit)
     either = found.subquery("found")
-    return template.materialized(select(either.c.id).limit(limit), f"{prefix}_claimed")
+    return template.materialized(
+        select(either.c.id).limit(template.unknown(limit)), f"{prefix}_claimed"
+    )
 
 
 def _found_by_subscription(
@@ -118,7 +120,7 @@ def _found_by_subscription(
     due = (
         template.oldest_of_subscription(due_at, waiting.c.id, since=since, until=now)
         .where(*only)
-        .limit(_unknown(limit + literal_column("1000000", BigInteger())))
+        .limit(template.unknown(limit + literal_column("1000000", BigInteger())))
         .lateral("due")
     )
     locked = _locked(due, waiting.c.id, conditions)
@@ -148,18 +150,18 @@ def _found_at_head_first(
     has_many = select(asked.c.has_many).scalar_subquery()
     since: ColumnElement[datetime] = select(asked.c.since).scalar_subquery()
     depth = literal_column(str(_AT_HEAD), Integer()) + literal_column("2", Integer()) * limit
-    # Compared with the id, which changes nothing: of two bounds on the time alone, whose values it
-    # does not know, the planner expects so few rows that it may read and sort all.
-    key = tuple_(due_at, hot.c.id)
+    # As rows, which changes nothing: of two bounds on a column, whose values it does not know, the
+    # planner expects so few rows that it may read and sort all.
+    key = tuple_(due_at, template.ZERO)
     head = template.materialized(
         select(hot.c.id, hot.c.subscription_id)
         .where(
             has_many,
-            key >= tuple_(since, template.LEAST_ID),
-            key <= tuple_(template.statement_time(), template.GREATEST_ID),
+            key >= tuple_(since, template.ZERO),
+            key <= tuple_(template.statement_time(), template.ZERO),
         )
         .order_by(due_at)
-        .limit(_unknown(depth)),
+        .limit(template.unknown(depth)),
         f"{prefix}_head",
     )
     # OFFSET 0: one look-up for each of a few rows, in their order, not a join.
@@ -177,15 +179,6 @@ def _found_at_head_first(
     is_new = due_at.table.c.id != all_(func.array(select(head.c.id).scalar_subquery()))
     by_subscription = _found_by_subscription(due_at, conditions, served, since, limit, is_new)
     return union_all(at_head, by_subscription.where(or_(~has_many, is_left)))
-
-
-def _unknown(limit: ColumnElement[int]) -> ColumnElement[int]:
-    """A limit that the planner cannot know, so that it plans for the first rows.
-
-    With a large one, or with none, it may read and sort all. It knows even a parameter's value when
-    it plans for one execution; a subquery's it does not.
-    """
-    return select(limit).scalar_subquery()
 
 
 def _locked(

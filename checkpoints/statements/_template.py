@@ -42,6 +42,7 @@ TIMESTAMP = DateTime(timezone=True)
 
 _PARTS = "_checkpoints_parts"
 S = TypeVar("S", bound=Select[*tuple[Any, ...]])
+V = TypeVar("V")
 
 # Constants stand in the SQL text: the planner knows them, and nobody has to bind them.
 ZERO: ColumnElement[int] = literal_column("0", Integer())
@@ -50,8 +51,6 @@ RETRY: ColumnElement[Any] = literal_column("'retry'", checkpoint_status)
 FAILED: ColumnElement[Any] = literal_column("'failed'", checkpoint_status)
 LONG_AGO: ColumnElement[datetime] = literal_column("'-infinity'::timestamptz", TIMESTAMP)
 FAR_AHEAD: ColumnElement[datetime] = literal_column("'infinity'::timestamptz", TIMESTAMP)
-LEAST_ID: ColumnElement[int] = literal_column("(-9223372036854775808)", BigInteger())
-GREATEST_ID: ColumnElement[int] = literal_column("9223372036854775807", BigInteger())
 
 
 def bind(statement: S, /, **values: Any) -> S:
@@ -169,6 +168,16 @@ def oldest_of_subscription(
         .where(key >= tuple_(subscription_id, since), key <= tuple_(subscription_id, until))
         .order_by(hot.c.subscription_id, time)
     )
+
+
+def unknown(value: ColumnElement[V]) -> ColumnElement[V]:
+    """A value that the planner cannot know: of a limit, or an array of any length.
+
+    It knows even a parameter's when it plans for one execution. Knowing that a limit is large, it
+    may read and sort all; knowing that few rows are wanted, it finds its plan so much cheaper than
+    one for any number that it plans anew at each execution, which takes longer than to execute.
+    """
+    return select(value).scalar_subquery()
 
 
 def materialized(

@@ -331,7 +331,7 @@ def update_checkpoint_positions(updates: Iterable[PositionUpdate]) -> Select[int
 def _update_many() -> Select[int, int, int]:
     given = (
         func.unnest(
-            template.bigints("update_many_ids"),
+            template.unknown(template.bigints("update_many_ids")),
             template.timestamps("update_many_reserved_until"),
             template.bigints("update_many_stream_positions"),
             template.timestamps("update_many_process_at"),

@@ -15,7 +15,7 @@ WHERE (hot.subscription_id, hot.reserved_until) >= (waiting.id, '-infinity'::tim
  LIMIT (SELECT %(recover_limit)s::INTEGER + 1000000 AS anon_1)) AS due ON true JOIN LATERAL (SELECT main.id AS id
 FROM checkpoints.checkpoints AS main
 WHERE main.id = due.id AND main.subscription_id = waiting.id AND main.reserved_until <= statement_timestamp() FOR NO KEY UPDATE OF main SKIP LOCKED) AS locked ON true) AS found
- LIMIT %(recover_limit)s::INTEGER),
+ LIMIT (SELECT %(recover_limit)s::INTEGER AS anon_2)),
 recovered AS
 (UPDATE checkpoints.checkpoints SET reserved_until=NULL, updated_at=statement_timestamp() WHERE checkpoints.checkpoints.id = ANY (array((SELECT recover_claimed.id
 FROM recover_claimed))) RETURNING checkpoints.checkpoints.id)

@@ -11,8 +11,8 @@ reserve_head AS MATERIALIZED
 (SELECT hot.id AS id, hot.subscription_id AS subscription_id
 FROM checkpoints.checkpoints_ready AS hot
 WHERE (SELECT reserve_asked.has_many
-FROM reserve_asked) AND (hot.process_at, hot.id) >= ((SELECT reserve_asked.since
-FROM reserve_asked), (-9223372036854775808)) AND (hot.process_at, hot.id) <= (statement_timestamp(), 9223372036854775807) ORDER BY hot.process_at
+FROM reserve_asked) AND (hot.process_at, 0) >= ((SELECT reserve_asked.since
+FROM reserve_asked), 0) AND (hot.process_at, 0) <= (statement_timestamp(), 0) ORDER BY hot.process_at
  LIMIT (SELECT 32 + 2 * %(reserve_limit)s::INTEGER AS anon_1)),
 reserve_claimed AS MATERIALIZED
 (SELECT found.id AS id
@@ -39,7 +39,7 @@ WHERE main.id = due.id AND main.subscription_id = waiting.id AND main.process_at
 WHERE NOT (SELECT reserve_asked.has_many
 FROM reserve_asked) OR (SELECT count(*) = 32 + 2 * %(reserve_limit)s::INTEGER AS anon_3
 FROM reserve_head)) AS found
- LIMIT %(reserve_limit)s::INTEGER),
+ LIMIT (SELECT %(reserve_limit)s::INTEGER AS anon_4)),
 reserved AS
 (UPDATE checkpoints.checkpoints AS main SET reserved_until=(statement_timestamp() + %(reserve_timeout)s::INTERVAL), updated_at=statement_timestamp() WHERE main.id = ANY (array((SELECT reserve_claimed.id
 FROM reserve_claimed))) RETURNING main.id, main.subscription_id, main.stream_name, main.stream_position, main.stream_version, main.retry_attempts, main.status, main.process_at, main.reserved_until)

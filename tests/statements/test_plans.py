@@ -164,3 +164,41 @@ def test_the_end_of_a_replay_is_looked_up_by_subscription(filled: Engine) -> Non
         index = f"ix_checkpoints_{table}_subscription_id_{time}"
         assert re.search(rf"Index (Only )?Scan using {index}", plan), plan
         assert f"Index Cond: ((ROW(subscription_id, {time}) >= ROW($1" in plan, plan
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "record_checkpoints",
+        "advance_lagging_subscription_checkpoints",
+        "reserve_next_available_checkpoint",
+        "update_checkpoint_position",
+        "update_checkpoint_positions",
+        "record_checkpoint_error",
+        "release_checkpoint_reservation",
+        "extend_checkpoint_reservation",
+        "recover_expired_checkpoint_reservations",
+        "record_expired_checkpoint_reservations",
+        "get_next_process_at",
+    ],
+)
+def test_is_planned_once_for_a_connection(filled: Engine, name: str) -> None:
+    """A value that makes a custom plan look cheaper has the server plan at each execution.
+
+    That takes longer than the execution.
+    """
+    with filled.connect() as connection:
+        connection.exec_driver_sql("SET plan_cache_mode = auto")
+        # So many are ready that the plan for one is much cheaper than the one for any number.
+        connection.exec_driver_sql(
+            "UPDATE checkpoints.checkpoints SET stream_version = 2 WHERE mod(id, 20) = 0"
+        )
+        connection.exec_driver_sql("ANALYZE checkpoints.checkpoints_ready")
+        for _ in range(12):
+            connection.execute(SAMPLES[name])
+        generic, custom = connection.exec_driver_sql(
+            "SELECT sum(generic_plans), sum(custom_plans) FROM pg_prepared_statements"
+            " WHERE NOT from_sql AND statement LIKE '%%checkpoints%%'"
+        ).one()
+        connection.rollback()
+    assert generic, custom
