@@ -363,7 +363,8 @@ def log_processed(telemetry: Telemetry, group: str, held: Holding) -> None:
     """The position was updated."""
     took = held.took()
     telemetry.processed(held.reservation, took, held.latency())
-    logger.debug("processed in %.3f s", took, extra=fields(group, held.reservation))
+    if logger.isEnabledFor(logging.DEBUG):
+        logger.debug("processed in %.3f s", took, extra=fields(group, held.reservation))
 
 
 @_harmless

@@ -24,6 +24,9 @@ with suppress(ImportError):
 
 __all__ = ["Telemetry", "logger", "observe_lag"]
 
+# Nothing was configured that could take a span.
+_NOT_TRACING = () if trace is None else (trace.ProxyTracerProvider, trace.NoOpTracerProvider)
+
 logger = logging.getLogger("checkpoints")
 
 _COUNTERS = {
@@ -106,7 +109,8 @@ class Telemetry:
     @contextmanager
     def span(self, reservation: Reservation) -> Iterator[None]:
         """A span around the handler and the update of the position."""
-        if self._tracer is None:
+        # Asked each time: the application may configure tracing after it made the consumer.
+        if trace is None or isinstance(trace.get_tracer_provider(), _NOT_TRACING):
             yield
             return
         stack = ExitStack()

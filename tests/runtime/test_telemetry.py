@@ -53,6 +53,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[Told]:
     made = Told()
     monkeypatch.setattr(telemetry.metrics, "get_meter", made.meters.get_meter)
     monkeypatch.setattr(telemetry.trace, "get_tracer", made.tracers.get_tracer)
+    monkeypatch.setattr(telemetry.trace, "get_tracer_provider", lambda: made.tracers)
     yield made
     made.meters.shutdown()
     made.tracers.shutdown()
