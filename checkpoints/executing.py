@@ -66,7 +66,7 @@ def _diagnosed(error: DBAPIError) -> _Diagnosis | None:
     )
 
 
-def _translated(error: DBAPIError) -> Exception:
+def translated(error: DBAPIError) -> Exception:
     """What the error means to the caller; itself, where this layer knows no better."""
     diagnosis = _diagnosed(error)
     if diagnosis is None:
@@ -98,7 +98,7 @@ def _blocking(call: Callable[P, Call[T]]) -> Callable[Concatenate[Checkpoints, P
         try:
             rows = self._connection.execute(*called.parts).all()
         except DBAPIError as error:
-            raise _translated(error) from error.orig
+            raise translated(error) from error.orig
         return called.answer(rows)
 
     return _as_method(method)
@@ -115,7 +115,7 @@ def _awaitable(
         try:
             result = await self._connection.execute(*called.parts)
         except DBAPIError as error:
-            raise _translated(error) from error.orig
+            raise translated(error) from error.orig
         return called.answer(result.all())
 
     return _as_method(method)

@@ -35,7 +35,7 @@ from checkpoints import (
     records,
     statements,
 )
-from checkpoints.executing import _translated
+from checkpoints.executing import translated
 from checkpoints.tables import subscriptions
 from tests.support.factories import (
     GROUP,
@@ -343,7 +343,7 @@ def test_a_subscription_that_is_referred_to_is_no_unknown_one(
     broken = delete(subscriptions).where(subscriptions.c.id == subscription)
     with pytest.raises(IntegrityError) as raised:
         connection.execute(broken)
-    assert _translated(raised.value) is raised.value
+    assert translated(raised.value) is raised.value
 
 
 @pytest.mark.parametrize("verb", ["get_metrics", "audit_checkpoints"])

@@ -15,8 +15,9 @@ from functools import wraps
 from typing import ParamSpec, Self
 
 from sqlalchemy import Connection, func, select
+from sqlalchemy.exc import DBAPIError
 
-from checkpoints.executing import Checkpoints
+from checkpoints.executing import Checkpoints, translated
 from checkpoints.records import (
     CheckpointStatus,
     ExpiredReservation,
@@ -140,7 +141,10 @@ def check_transaction(reservation: Reservation, *, is_active: bool) -> None:
 def check_start(
     connection: Connection, settings: ConsumerSettings, names: Collection[str] | None
 ) -> None:
-    """Refuse an engine that commits each statement; warn of names that nothing has."""
+    """Refuse an engine that commits each statement, and a schema that is not there.
+
+    Warns of names that nothing has.
+    """
     driver = connection.connection.driver_connection
     if getattr(driver, "autocommit", False):
         raise ValueError(
@@ -148,16 +152,17 @@ def check_start(
             "position would not commit together"
         )
     group = settings.group
-    there = set(
-        connection.scalars(
-            select(subscriptions.c.name)
-            .join(
-                subscription_groups,
-                subscription_groups.c.id == subscriptions.c.subscription_group_id,
-            )
-            .where(subscription_groups.c.name == group)
+    named = (
+        select(subscriptions.c.name)
+        .join(
+            subscription_groups, subscription_groups.c.id == subscriptions.c.subscription_group_id
         )
+        .where(subscription_groups.c.name == group)
     )
+    try:
+        there = set(connection.scalars(named))
+    except DBAPIError as error:
+        raise translated(error) from error.orig
     log_unknown(group, there, names)
 
 

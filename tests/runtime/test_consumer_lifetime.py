@@ -227,6 +227,14 @@ def test_an_error_that_waiting_cannot_mend_ends_it(bench: Bench) -> None:
         runner.start().result(10)
 
 
+def test_a_schema_that_is_not_there_is_said_at_the_start(bench: Bench) -> None:
+    runner = bench.consumer(write)
+    bench.execute("ALTER SCHEMA checkpoints RENAME TO elsewhere")
+
+    with nothing_left_behind(runner), pytest.raises(SchemaNotMigrated, match="run the migration"):
+        runner.start().result(10)
+
+
 def test_an_error_in_reserving_lets_running_handlers_finish_and_gives_the_rest_back(
     bench: Bench,
 ) -> None:
