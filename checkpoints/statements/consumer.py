@@ -322,9 +322,14 @@ def update_checkpoint_positions(updates: Iterable[PositionUpdate]) -> Select[int
         update_many_ids=[position.id for position in given],
         update_many_reserved_until=[position.reserved_until for position in given],
         update_many_stream_positions=[position.stream_position for position in given],
-        update_many_process_at=[moment for moment, _ in dues],
-        update_many_process_in=[delay for _, delay in dues],
+        update_many_process_at=_unless_all_null([moment for moment, _ in dues]),
+        update_many_process_in=_unless_all_null([delay for _, delay in dues]),
     )
+
+
+def _unless_all_null(values: list[Any]) -> list[Any] | None:
+    """Null for an array of nothing else: beside longer arrays `unnest` gives nulls for it."""
+    return None if all(value is None for value in values) else values
 
 
 @cache
