@@ -61,6 +61,13 @@ def offset(name: str, value: int) -> int:
     return _integer(name, value, least=0, most=_BIGINT_MAX)
 
 
+def boolean(name: str, value: bool) -> bool:
+    """True or False, and nothing that only counts as such."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, not {value!r}")
+    return value
+
+
 def text(name: str, value: str) -> str:
     """A text that PostgreSQL can store: no NUL, no lone surrogate."""
     if not isinstance(value, str):

@@ -124,6 +124,7 @@ def reserve_next_available_checkpoint(
     subscription_names: Iterable[str] | None = None,
     due_since: datetime | None = None,
     limit: int = 1,
+    synchronous_commit: bool = True,
 ) -> Call[list[Reservation]]:
     """Reserve the checkpoints of a group that have been due longest, at most `limit`.
 
@@ -138,6 +139,7 @@ def reserve_next_available_checkpoint(
             subscription_names=subscription_names,
             due_since=due_since,
             limit=limit,
+            synchronous_commit=synchronous_commit,
         ),
         _all(Reservation),
     )

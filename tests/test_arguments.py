@@ -122,6 +122,7 @@ BAD_VALUES: dict[str, list[tuple[Any, type[Exception]]]] = {
     "search": [("a\x00b", ValueError), (1, TypeError)],
     "status": [("done", ValueError), (None, ValueError)],
     "replay_mode": [("some", ValueError)],
+    "synchronous_commit": [(0, TypeError), ("off", TypeError), (None, TypeError)],
     "error": [
         (object(), TypeError),
         ({1, 2}, TypeError),
@@ -131,7 +132,7 @@ BAD_VALUES: dict[str, list[tuple[Any, type[Exception]]]] = {
 # What a sample call leaves to its default.
 OPTIONAL = {
     "record": ["stream_position"],
-    "reserve": ["limit", "replay_mode", "subscription_names"],
+    "reserve": ["limit", "replay_mode", "subscription_names", "synchronous_commit"],
     "update": ["process_at"],
     "recover": ["limit"],
     "reset": ["stream_position", "after", "limit"],

@@ -210,6 +210,8 @@ def reserve(
             subscription_names=names,
             due_since=due_since,
             limit=limit,
+            # Should a crash undo it, the token is gone, and what was written for it rolls back.
+            synchronous_commit=False,
         )
         if reserved:
             since.took(reserved)

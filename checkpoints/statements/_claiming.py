@@ -41,7 +41,7 @@ _AT_HEAD = 32
 # Short names, in the text too: psycopg remembers where the parameters of a text of at most 4,096
 # characters are, and looks through a longer one each time.
 main = checkpoints.alias("main")
-subscription = subscriptions.alias("subscription")
+subscription = subscriptions.alias("sub")
 _group = subscription_groups.alias("owner")
 
 _ONE: ColumnElement[int] = literal_column("1", Integer())

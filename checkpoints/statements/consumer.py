@@ -67,6 +67,7 @@ def reserve_next_available_checkpoint(
     subscription_names: Iterable[str] | None = None,
     due_since: datetime | None = None,
     limit: int = 1,
+    synchronous_commit: bool = True,
 ) -> Select[int, int, str, str, int, int, int, CheckpointStatus, int | None, datetime, datetime]:
     """Reserve the checkpoints of a group that have been due longest, at most `limit`.
 
@@ -81,6 +82,11 @@ def reserve_next_available_checkpoint(
     which stay for as long as any transaction in the database is open. It must look for all now and
     then: a checkpoint that is released, or is scheduled for a time that is past, lies before.
 
+    `synchronous_commit` False: PostgreSQL's setting of this name is off for the rest of the
+    transaction, whose commit does not wait for the disk. A crash of the server may undo it, and the
+    reservation is lost then, as if it had expired: the update finds that. Write nothing else in
+    that transaction.
+
     Rows, those due longest first: id, subscription_id, subscription_name, stream_name,
     stream_position, stream_version, retry_attempts, status, replay_target_position (None: no
     replay), reserved_until (the token), process_at (since when it was due). No row: nothing is due,
@@ -88,7 +94,7 @@ def reserve_next_available_checkpoint(
     and what another took at the very same moment; never waits for a lock.
     """
     return template.bind(
-        _reserve(),
+        _reserve(synchronous_commit=arguments.boolean("synchronous_commit", synchronous_commit)),
         reserve_group_name=arguments.name("group_name", group_name),
         reserve_timeout=arguments.timeout("reservation_timeout", reservation_timeout),
         reserve_statuses=arguments.member(
@@ -117,9 +123,9 @@ def _is_served(prefix: str, served: FromClause) -> tuple[ColumnElement[bool], Co
 
 
 @cache
-def _reserve() -> Select[
-    int, int, str, str, int, int, int, CheckpointStatus, int | None, datetime, datetime
-]:
+def _reserve(
+    *, synchronous_commit: bool
+) -> Select[int, int, str, str, int, int, int, CheckpointStatus, int | None, datetime, datetime]:
     claimed = claim(
         "reserve",
         checkpoints_ready.c.process_at,
@@ -145,7 +151,16 @@ def _reserve() -> Select[
         )
         .cte("reserved")
     )
-    return reservations_of(reserved)
+    reservations = reservations_of(reserved)
+    if synchronous_commit:
+        return reservations
+    # In a subquery, which is run once and not for each row.
+    setting = select(
+        func.set_config(
+            template.word("synchronous_commit"), template.word("off"), true(), type_=Text
+        )
+    )
+    return reservations.where(setting.scalar_subquery() == template.word("off"))
 
 
 def reservations_of(

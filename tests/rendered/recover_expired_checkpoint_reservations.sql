@@ -1,6 +1,6 @@
 WITH recover_served AS NOT MATERIALIZED
-(SELECT subscription.id AS id
-FROM checkpoints.subscriptions AS subscription JOIN checkpoints.subscription_groups AS owner ON owner.id = subscription.subscription_group_id
+(SELECT sub.id AS id
+FROM checkpoints.subscriptions AS sub JOIN checkpoints.subscription_groups AS owner ON owner.id = sub.subscription_group_id
 WHERE owner.name = %(recover_group_name)s::VARCHAR),
 recover_claimed AS MATERIALIZED
 (SELECT found.id AS id

@@ -1,7 +1,7 @@
 WITH reserve_served AS NOT MATERIALIZED
-(SELECT subscription.id AS id
-FROM checkpoints.subscriptions AS subscription JOIN checkpoints.subscription_groups AS owner ON owner.id = subscription.subscription_group_id
-WHERE owner.name = %(reserve_group_name)s::VARCHAR AND CAST(subscription.status AS TEXT) = ANY (%(reserve_statuses)s::TEXT[]) AND (%(reserve_names)s::TEXT[] IS NULL OR subscription.name = ANY (%(reserve_names)s::TEXT[]))),
+(SELECT sub.id AS id
+FROM checkpoints.subscriptions AS sub JOIN checkpoints.subscription_groups AS owner ON owner.id = sub.subscription_group_id
+WHERE owner.name = %(reserve_group_name)s::VARCHAR AND CAST(sub.status AS TEXT) = ANY (%(reserve_statuses)s::TEXT[]) AND (%(reserve_names)s::TEXT[] IS NULL OR sub.name = ANY (%(reserve_names)s::TEXT[]))),
 reserve_asked AS MATERIALIZED
 (SELECT count(*) > 16 AS has_many, coalesce(%(reserve_due_since)s::TIMESTAMP WITH TIME ZONE, '-infinity'::timestamptz) AS since
 FROM (SELECT reserve_served.id AS id
@@ -43,5 +43,5 @@ FROM reserve_head)) AS found
 reserved AS
 (UPDATE checkpoints.checkpoints AS main SET reserved_until=(statement_timestamp() + %(reserve_timeout)s::INTERVAL), updated_at=statement_timestamp() WHERE main.id = ANY (array((SELECT reserve_claimed.id
 FROM reserve_claimed))) RETURNING main.id, main.subscription_id, main.stream_name, main.stream_position, main.stream_version, main.retry_attempts, main.status, main.process_at, main.reserved_until)
- SELECT reserved.id, reserved.subscription_id, subscription.name AS subscription_name, reserved.stream_name, reserved.stream_position, reserved.stream_version, reserved.retry_attempts, reserved.status, subscription.replay_target_position, reserved.reserved_until, reserved.process_at
-FROM reserved JOIN checkpoints.subscriptions AS subscription ON subscription.id = reserved.subscription_id ORDER BY reserved.process_at, reserved.id
+ SELECT reserved.id, reserved.subscription_id, sub.name AS subscription_name, reserved.stream_name, reserved.stream_position, reserved.stream_version, reserved.retry_attempts, reserved.status, sub.replay_target_position, reserved.reserved_until, reserved.process_at
+FROM reserved JOIN checkpoints.subscriptions AS sub ON sub.id = reserved.subscription_id ORDER BY reserved.process_at, reserved.id
