@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpoints.embedded import ServerUnavailable, available_majors
-from tests.benchmarks import charts, contest, designs, growth, limits, report
+from tests.benchmarks import charts, contest, designs, growth, limits, pages, report
 from tests.benchmarks.load import ClientFailed, Clients
 from tests.benchmarks.plan import FULL, QUICK, Plan
 from tests.benchmarks.results import Results, Say, Series, environment, read, write
@@ -27,6 +27,8 @@ PARTS: dict[str, Part] = {
 }
 
 _ROOT = Path(__file__).parents[2]
+# What is there is published: other pages have figures of it.
+_PUBLISHED = _ROOT / "docs" / "benchmarks"
 _RESULTS = "results.json"
 
 
@@ -55,6 +57,10 @@ def publish(results: Results, folder: Path) -> None:
     (folder / "results.md").write_text(report.page(results))
     for part, series in report.parts_of(results):
         charts.draw(series, folder / f"{part}.svg")
+    whole = {part for part, _ in report.parts_of(results)} == set(PARTS)
+    if folder.resolve() == _PUBLISHED and whole:
+        for page in (_ROOT / name for name in pages.PAGES):
+            page.write_text(pages.filled(page, results))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -95,9 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--largest", type=_positive, metavar="N", help="also measure with N checkpoints in all"
     )
-    parser.add_argument(
-        "--output", type=Path, default=_ROOT / "docs" / "benchmarks", help="docs/benchmarks"
-    )
+    parser.add_argument("--output", type=Path, default=_PUBLISHED, help="docs/benchmarks")
     parser.add_argument(
         "--report-only", action="store_true", help="write page and charts of results.json again"
     )

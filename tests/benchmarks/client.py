@@ -33,7 +33,7 @@ def _serve(job: Job) -> None:
             case "rate":
                 _say(_rate(step, told["start"] + told["warm_up"], told["seconds"]))
             case "drain":
-                _say(_drain(step))
+                _say(_drain(step, told["start"] + told["limit"]))
             case "calls":
                 for _ in range(told["warm_up"]):
                     step()
@@ -56,11 +56,11 @@ def _rate(step: Step, begin: float, seconds: float) -> dict[str, Any]:
     return {"done": done, "steps": steps, "empty": empty, "seconds": now - begun}
 
 
-def _drain(step: Step) -> dict[str, Any]:
-    """Work until there is nothing; when the last was done, by the common clock."""
+def _drain(step: Step, until: float) -> dict[str, Any]:
+    """Work until there is nothing, or it is late; when the last was done, by the common clock."""
     done = 0
     ended = time.monotonic()
-    while moved := step():
+    while ended < until and (moved := step()):
         done += moved
         ended = time.monotonic()
     return {"done": done, "ended": ended}

@@ -189,9 +189,10 @@ class Clients:
             raise ClientFailed(f"{clients} clients found nothing to do: {job!r}")
         return done
 
-    def drain(self, job: Job, clients: int) -> Drained:
-        """Work until nothing is left."""
-        start, answers = self._run(job, clients, {"measure": "drain"})
+    def drain(self, job: Job, clients: int, *, limit: float = _LONGEST) -> Drained:
+        """Work until nothing is left, or for so many seconds."""
+        told = {"measure": "drain", "limit": limit}
+        start, answers = self._run(job | {"seconds": limit}, clients, told)
         ended = max(answer["ended"] for answer in answers)
         return Drained(ended - start, sum(answer["done"] for answer in answers))
 

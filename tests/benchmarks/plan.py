@@ -87,12 +87,12 @@ FULL = Plan(
     many_clients=(1, 2, 4, 8, 16, 32),
     held_seconds=60.0,
     sizes=(1, 10, 100, 1_000, 10_000),
-    items=20_000,
+    items=50_000,
     other_items=200_000,
     processes=(1, 4),
     others=("foreign", "paused"),
     peer_rounds=3,
-    peer_limit=6.0,
+    peer_limit=8.0,
 )
 
 QUICK = replace(

@@ -11,7 +11,7 @@ from tests.benchmarks.rounds import Summary, ratio, summary
 
 # ruff: noqa: RUF001 - a report is typeset
 
-__all__ = ["HEADINGS", "number", "page", "parts_of"]
+__all__ = ["HEADINGS", "number", "page", "parts_of", "table"]
 
 HEADINGS = {
     "designs": (
@@ -34,8 +34,9 @@ HEADINGS = {
     "peers": (
         "Peers",
         "Other queues on PostgreSQL with items that do nothing, each with the settings that its "
-        "own documentation recommends. An item of ours is a checkpoint with one message. × is to "
-        "the toolkit's statements.",
+        "own documentation recommends. An item of ours is a checkpoint with one message. Every "
+        "item is done in a commit that waits for the disk; our reservations, which a crash may "
+        "undo, do not wait. × is to the toolkit's statements.",
     ),
 }
 
@@ -72,6 +73,11 @@ def number(value: float) -> str:
     return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
 
 
+def table(all_series: Sequence[Series]) -> str:
+    """A row for each case, a column for each contestant."""
+    return "\n".join(_table(all_series))
+
+
 def _is_table_of_its_own(series: Series) -> bool:
     return series.axis is not None or series.part == "growth"
 
@@ -83,7 +89,6 @@ def _grouped(all_series: Sequence[Series], tabled: bool) -> list[list[str]]:
 
 
 def _table(all_series: Sequence[Series]) -> list[str]:
-    """A row for each case, a column for each contestant."""
     names = list(dict.fromkeys(name for series in all_series for name in series.samples))
     lines = [_row(["", *names]), _row(["---", *("--:" for _ in names)])]
     for series in all_series:

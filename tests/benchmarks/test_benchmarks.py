@@ -11,8 +11,8 @@ import pytest
 from sqlalchemy import URL, Engine, create_engine, func, select
 
 from checkpoints.tables import checkpoints, checkpoints_ready, subscriptions
-from tests.benchmarks import charts, pgbench, report
-from tests.benchmarks.__main__ import keep_in, measure, publish
+from tests.benchmarks import charts, pages, pgbench, report
+from tests.benchmarks.__main__ import PARTS, keep_in, measure, publish
 from tests.benchmarks.load import ClientFailed, Clients, add_checkpoints, add_subscription
 from tests.benchmarks.plan import TINY
 from tests.benchmarks.results import Results, Series, read, write
@@ -22,6 +22,8 @@ from tests.benchmarks.texts import texts
 from tests.benchmarks.work import Job, connect
 from tests.support.databases import Databases, disposed
 from tests.support.factories import violations
+
+ROOT = Path(__file__).parents[2]
 
 ENVIRONMENT = {
     "date": "2026-01-02",
@@ -202,6 +204,17 @@ def test_a_drain_of_two_processes_does_each_once(
         assert connection.scalar(select(func.count()).select_from(checkpoints_ready)) == 0
 
 
+@pytest.mark.parametrize("work", ["toolkit", "consumer"])
+def test_a_drain_ends_when_its_time_is_up(url: str, clients: Clients, work: str) -> None:
+    (subscription,) = add_subscription(url, "work")
+    add_checkpoints(url, [subscription], 20_000, ready=20_000, version=1)
+
+    drained = clients.drain(Job(work=work, url=url, batch=10, ending=True), 1, limit=0.3)
+
+    assert 0 < drained.done < 20_000
+    assert drained.seconds >= 0.25
+
+
 def test_a_rate_of_nothing_is_an_error(url: str, clients: Clients) -> None:
     add_subscription(url, "work")
     job = Job(work="psycopg", url=url, design="head")
@@ -291,3 +304,43 @@ def test_the_contest_counts_ours(databases: Databases, clients: Clients) -> None
                 .group_by(subscriptions.c.name)
             ).all()
         assert {tuple(row) for row in left} == {("foreign-1", 20), ("paused-1", 20)}
+
+
+def test_a_page_has_the_tables_that_it_asks_for(results: Results, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# Figures\n\n<!-- figures: designs 4 clients -->\nold\n<!-- figures: end -->\n\nmore\n"
+        "<!-- figures: designs -->\n\n<!-- figures: end -->\n"
+    )
+    table = (
+        "|  | old | new |\n| --- | --: | --: |\n"
+        "| 4 clients, cycles/s | **80.0**<br>50.0–100 | **240** ×2.50<br>100–250 |"  # noqa: RUF001
+    )
+    assert pages.filled(page, results) == (
+        f"# Figures\n\n<!-- figures: designs 4 clients -->\n{table}\n<!-- figures: end -->\n\n"
+        f"more\n<!-- figures: designs -->\n{table}\n<!-- figures: end -->\n"
+    )
+
+
+def test_a_page_that_asks_for_what_was_not_measured_is_refused(
+    results: Results, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- figures: designs 5 clients -->\n\n<!-- figures: end -->\n")
+    with pytest.raises(ValueError, match="'designs' '5 clients'"):
+        pages.filled(page, results)
+
+
+@pytest.mark.parametrize("name", pages.PAGES)
+def test_the_pages_have_the_figures_of_the_results_that_are_published(name: str) -> None:
+    """`python -m tests.benchmarks --report-only` writes them again."""
+    page = ROOT / name
+    assert pages.filled(page, read(ROOT / "docs" / "benchmarks" / "results.json")) == (
+        page.read_text()
+    )
+
+
+def test_what_is_published_is_one_whole_run() -> None:
+    published = read(ROOT / "docs" / "benchmarks" / "results.json")
+    assert [part for part, _ in report.parts_of(published)] == list(PARTS)
+    assert published.environment["plan"] == "full"

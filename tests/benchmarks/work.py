@@ -39,6 +39,10 @@ class Job(TypedDict, total=False):
     """How many handlers of a consumer share a transaction."""
     floor: bool
     """Whether `due_since` follows what was taken; see `_Floor`."""
+    crash_safe: bool
+    """Whether a reservation's commit waits for the disk too, as that of the update always does."""
+    seconds: float
+    """After so many a drain by a consumer is ended."""
     size: int
     subscription_id: int
     first: int
@@ -161,12 +165,15 @@ def _moved(api: Checkpoints, found: list[Reservation], ending: bool) -> int:
 def _toolkit(job: Job) -> Iterator[Step]:
     """The toolkit on one connection, a transaction for each statement without BEGIN and COMMIT."""
     batch, ending = job.get("batch", 1), job.get("ending", False)
+    crash_safe = job.get("crash_safe", True)
     with _engine(job) as engine, engine.connect() as opened:
         connection: Connection = opened.execution_options(isolation_level="AUTOCOMMIT")
         api = Checkpoints(connection)
 
         def step() -> int:
-            found = api.reserve_next_available_checkpoint(GROUP, TIMEOUT, limit=batch)
+            found = api.reserve_next_available_checkpoint(
+                GROUP, TIMEOUT, limit=batch, synchronous_commit=crash_safe
+            )
             return _moved(api, found, ending) if found else 0
 
         yield step
@@ -198,7 +205,16 @@ def _consumer(job: Job) -> Iterator[Step]:
     # for all of the interpreter.
     concurrency = 1 if job.get("handlers", 1) > 1 else min(4, job["batch"])
     with _consuming(job, lambda: None, concurrency=concurrency) as consumer:
-        yield consumer.drain
+
+        def drain() -> int:
+            late = threading.Timer(job["seconds"], consumer.stop)
+            late.start()
+            try:
+                return consumer.drain()
+            finally:
+                late.cancel()
+
+        yield drain
 
 
 @contextmanager
