@@ -28,12 +28,11 @@ from sqlalchemy import (
     func,
     literal_column,
     null,
-    or_,
     select,
     true,
     type_coerce,
 )
-from sqlalchemy.dialects.postgresql import INTERVAL
+from sqlalchemy.dialects.postgresql import ARRAY, INTERVAL
 from sqlalchemy.sql.expression import bindparam
 
 from checkpoints import _arguments as arguments
@@ -45,6 +44,7 @@ from checkpoints.tables import (
     checkpoints,
     checkpoints_ready,
     subscription_groups,
+    subscription_status,
     subscriptions,
 )
 
@@ -93,45 +93,57 @@ def reserve_next_available_checkpoint(
     or others hold it, or there is no such group. Locks what it claims until the transaction ends,
     and what another took at the very same moment; never waits for a lock.
     """
+    names = _names("reserve", subscription_names)
     return template.bind(
-        _reserve(synchronous_commit=arguments.boolean("synchronous_commit", synchronous_commit)),
+        _reserve(
+            arguments.member("replay_mode", replay_mode, ReplayMode),
+            named=bool(names),
+            synchronous_commit=arguments.boolean("synchronous_commit", synchronous_commit),
+        ),
         reserve_group_name=arguments.name("group_name", group_name),
         reserve_timeout=arguments.timeout("reservation_timeout", reservation_timeout),
-        reserve_statuses=arguments.member(
-            "replay_mode", replay_mode, ReplayMode
-        ).subscription_statuses,
-        reserve_names=_names(subscription_names),
+        **names,
         reserve_due_since=None if due_since is None else arguments.moment("due_since", due_since),
         reserve_limit=arguments.limit("limit", limit),
     )
 
 
-def _names(subscription_names: Iterable[str] | None) -> list[str] | None:
+def _names(prefix: str, subscription_names: Iterable[str] | None) -> dict[str, list[str]]:
+    """The names that are served, for a template that asks for them; none: all are."""
     if subscription_names is None:
-        return None
-    return arguments.names("subscription_names", subscription_names)
+        return {}
+    return {f"{prefix}_names": arguments.names("subscription_names", subscription_names)}
 
 
-def _is_served(prefix: str, served: FromClause) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
-    """That a subscription has one of the statuses and, where names are given, one of those."""
-    names = template.strings(f"{prefix}_names")
-    statuses = template.strings(f"{prefix}_statuses")
-    return (
-        cast(served.c.status, Text) == any_(statuses),
-        or_(names.is_(None), served.c.name == any_(names)),
-    )
+def _is_served(
+    prefix: str, served: FromClause, replay_mode: ReplayMode, *, named: bool
+) -> tuple[ColumnElement[bool], ...]:
+    """That a subscription has one of the statuses and, where names are given, one of those.
+
+    The statuses stand in the text: with parameters the plan for these values, of which the planner
+    expects other numbers of subscriptions, would be another than the one for any.
+    """
+    statuses = [
+        literal_column(f"'{status.value}'", subscription_status)
+        for status in replay_mode.subscription_statuses
+    ]
+    has_status = served.c.status.in_(statuses)
+    if not named:
+        return (has_status,)
+    names = template.unknown(template.strings(f"{prefix}_names"))
+    return (has_status, served.c.name == any_(cast(names, ARRAY(Text))))
 
 
 @cache
 def _reserve(
-    *, synchronous_commit: bool
+    replay_mode: ReplayMode, *, named: bool, synchronous_commit: bool
 ) -> Select[int, int, str, str, int, int, int, CheckpointStatus, int | None, datetime, datetime]:
     claimed = claim(
         "reserve",
         checkpoints_ready.c.process_at,
         main.c.process_at <= template.statement_time(),
         main.c.reserved_until.is_(None),
-        is_served=_is_served("reserve", subscription),
+        is_served=_is_served("reserve", subscription, replay_mode, named=named),
         due_since=template.timestamp("reserve_due_since"),
     )
     reserved = (
@@ -199,18 +211,18 @@ def get_next_process_at(
     Rows: id, process_at, due_in (from now, by the database's clock; negative: it is due, and
     others hold it). No row: nothing is ready.
     """
+    names = _names("next", subscription_names)
     return template.bind(
-        _next_process_at(),
+        _next_process_at(
+            arguments.member("replay_mode", replay_mode, ReplayMode), named=bool(names)
+        ),
         next_group_name=arguments.name("group_name", group_name),
-        next_statuses=arguments.member(
-            "replay_mode", replay_mode, ReplayMode
-        ).subscription_statuses,
-        next_names=_names(subscription_names),
+        **names,
     )
 
 
 @cache
-def _next_process_at() -> Select[int, datetime, timedelta]:
+def _next_process_at(replay_mode: ReplayMode, *, named: bool) -> Select[int, datetime, timedelta]:
     oldest = (
         template.oldest_of_subscription(checkpoints_ready.c.process_at, subscriptions.c.id)
         .add_columns(checkpoints_ready.c.process_at)
@@ -232,7 +244,7 @@ def _next_process_at() -> Select[int, datetime, timedelta]:
         .join(oldest, true())
         .where(
             subscription_groups.c.name == template.string("next_group_name"),
-            *_is_served("next", subscriptions),
+            *_is_served("next", subscriptions, replay_mode, named=named),
         )
         .order_by(oldest.c.process_at)
         .limit(literal_column("1", Integer()))

@@ -3,5 +3,5 @@ FROM checkpoints.subscriptions JOIN checkpoints.subscription_groups ON checkpoin
 FROM checkpoints.checkpoints_ready
 WHERE (checkpoints.checkpoints_ready.subscription_id, checkpoints.checkpoints_ready.process_at) >= (checkpoints.subscriptions.id, '-infinity'::timestamptz) AND (checkpoints.checkpoints_ready.subscription_id, checkpoints.checkpoints_ready.process_at) <= (checkpoints.subscriptions.id, 'infinity'::timestamptz) ORDER BY checkpoints.checkpoints_ready.subscription_id, checkpoints.checkpoints_ready.process_at
  LIMIT 1) AS oldest ON true
-WHERE checkpoints.subscription_groups.name = %(next_group_name)s::VARCHAR AND CAST(checkpoints.subscriptions.status AS TEXT) = ANY (%(next_statuses)s::TEXT[]) AND (%(next_names)s::TEXT[] IS NULL OR checkpoints.subscriptions.name = ANY (%(next_names)s::TEXT[])) ORDER BY oldest.process_at
+WHERE checkpoints.subscription_groups.name = %(next_group_name)s::VARCHAR AND checkpoints.subscriptions.status IN ('active', 'replay') ORDER BY oldest.process_at
  LIMIT 1

@@ -1,7 +1,7 @@
 WITH reserve_served AS NOT MATERIALIZED
 (SELECT sub.id AS id
 FROM checkpoints.subscriptions AS sub JOIN checkpoints.subscription_groups AS owner ON owner.id = sub.subscription_group_id
-WHERE owner.name = %(reserve_group_name)s::VARCHAR AND CAST(sub.status AS TEXT) = ANY (%(reserve_statuses)s::TEXT[]) AND (%(reserve_names)s::TEXT[] IS NULL OR sub.name = ANY (%(reserve_names)s::TEXT[]))),
+WHERE owner.name = %(reserve_group_name)s::VARCHAR AND sub.status IN ('active', 'replay')),
 reserve_asked AS MATERIALIZED
 (SELECT count(*) > 16 AS has_many, coalesce(%(reserve_due_since)s::TIMESTAMP WITH TIME ZONE, '-infinity'::timestamptz) AS since
 FROM (SELECT reserve_served.id AS id

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, Engine, create_engine, make_url
+from sqlalchemy import Connection, Engine, Select, create_engine, make_url
 
+from checkpoints import reserve_next_available_checkpoint
 from tests.support.databases import Databases, disposed
 from tests.support.factories import FAR_AHEAD, add_subscription
-from tests.support.samples import SAMPLES
+from tests.support.samples import SAMPLES, TIMEOUT
 
 CHECKPOINTS = 200_000
 
@@ -166,11 +167,10 @@ def test_the_end_of_a_replay_is_looked_up_by_subscription(filled: Engine) -> Non
         assert f"Index Cond: ((ROW(subscription_id, {time}) >= ROW($1" in plan, plan
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
+PLANNED_ONCE: dict[str, Select[*tuple[Any, ...]]] = {
+    name: SAMPLES[name]
+    for name in (
         "record_checkpoints",
-        "advance_lagging_subscription_checkpoints",
         "reserve_next_available_checkpoint",
         "update_checkpoint_position",
         "update_checkpoint_positions",
@@ -180,8 +180,15 @@ def test_the_end_of_a_replay_is_looked_up_by_subscription(filled: Engine) -> Non
         "recover_expired_checkpoint_reservations",
         "record_expired_checkpoint_reservations",
         "get_next_process_at",
-    ],
-)
+    )
+} | {
+    "reserve of a few subscriptions": reserve_next_available_checkpoint(
+        "accounts", TIMEOUT, subscription_names=["balances-1"], limit=20, synchronous_commit=False
+    )
+}
+
+
+@pytest.mark.parametrize("name", PLANNED_ONCE)
 def test_is_planned_once_for_a_connection(filled: Engine, name: str) -> None:
     """A value that makes a custom plan look cheaper has the server plan at each execution.
 
@@ -191,11 +198,17 @@ def test_is_planned_once_for_a_connection(filled: Engine, name: str) -> None:
         connection.exec_driver_sql("SET plan_cache_mode = auto")
         # So many are ready that the plan for one is much cheaper than the one for any number.
         connection.exec_driver_sql(
-            "UPDATE checkpoints.checkpoints SET stream_version = 2 WHERE mod(id, 20) = 0"
+            "UPDATE checkpoints.checkpoints SET stream_version = 2 WHERE mod(id, 4) = 0"
         )
-        connection.exec_driver_sql("ANALYZE checkpoints.checkpoints_ready")
+        for number in range(3):
+            add_subscription(connection, f"balances-{number}")
+        add_subscription(connection, "of others", group="others")
+        connection.exec_driver_sql(
+            "ANALYZE checkpoints.checkpoints_ready, checkpoints.subscriptions,"
+            " checkpoints.subscription_groups"
+        )
         for _ in range(12):
-            connection.execute(SAMPLES[name])
+            connection.execute(PLANNED_ONCE[name])
         generic, custom = connection.exec_driver_sql(
             "SELECT sum(generic_plans), sum(custom_plans) FROM pg_prepared_statements"
             " WHERE NOT from_sql AND statement LIKE '%%checkpoints%%'"
