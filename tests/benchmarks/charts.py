@@ -12,6 +12,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from tests.benchmarks.report import number
 from tests.benchmarks.results import Series
@@ -95,6 +96,8 @@ def _bars(axes: Axes, series: Series, colours: dict[str, str]) -> None:
     axes.set_yticks(places, list(found))
     axes.invert_yaxis()
     axes.margins(x=0.15)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.7g}"))
     axes.set_xlim(left=0)
     _finish(axes, f"{series.title}, {series.unit}")
 
@@ -115,6 +118,7 @@ def _line(axes: Axes, series: Series) -> None:
     )
     axes.plot(places, medians, marker="o", color=_COLOURS[0])
     axes.set_xticks(places, [f"{size:,}" for size in sizes])
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,.7g}"))
     axes.set_ylim(bottom=0, top=1.15 * max(each.high for each in found))
     _finish(axes, f"{series.title}, {series.unit}")
 
