@@ -68,9 +68,7 @@ class AsyncWorker:
 
     def lose(self, held: AsyncHeld) -> None:
         """The token is gone, or was ended here: then that was told already."""
-        if not (held.over or held.abandoned):
-            held.end()
-            outcomes.log_lost(self._telemetry, self._settings.group, held.reservation)
+        outcomes.lose(self._telemetry, self._settings.group, held)
 
     async def _try(self, held: AsyncHeld) -> BaseException | None:
         """Run the handler until the position is updated; None, or the error of the handler."""
