@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
+from typing import Any
 
 from sqlalchemy import Connection
 
@@ -17,7 +18,10 @@ class AsyncHeld(Holding):
     def __init__(self, reservation: Reservation, reservation_timeout: timedelta) -> None:
         super().__init__(reservation, reservation_timeout)
         self.lock = asyncio.Lock()
-        self.task: asyncio.Task[None] | None = None
+        self.worker: asyncio.Task[None] | None = None
+        """That sees to its bundle."""
+        self.task: asyncio.Task[Any] | None = None
+        """That runs its handler, and perhaps those of others; it is cancelled for each of them."""
 
         self.connection: Connection | None = None
         """That the handler works on now."""
@@ -29,6 +33,6 @@ class AsyncHeld(Holding):
             sever(connection)
 
     def cancel(self) -> None:
-        """Cancel its handler, if it was started."""
+        """Cancel what runs its handler, if that was started."""
         if self.task is not None:
             self.task.cancel()

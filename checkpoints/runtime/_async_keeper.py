@@ -90,7 +90,9 @@ class AsyncKeeper:
                 continue
             # It goes on in spite of that.
             held.sever()
-            if held.over or await self._worker.give_up(held):
+            given_up = held.over or await self._worker.give_up(held)
+            # It may have come to its end meanwhile.
+            if given_up and held.runs_longer_than(self._settings.handler_timeout):
                 held.abandoned = True
                 self._on_abandoned(held)
 

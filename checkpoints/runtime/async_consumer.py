@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
-from typing import TypeAlias, Unpack
+from typing import Any, TypeAlias, Unpack
 
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -22,6 +22,7 @@ from checkpoints.runtime._async_keeper import AsyncKeeper
 from checkpoints.runtime._async_listener import AsyncListener
 from checkpoints.runtime._async_worker import AsyncWorker
 from checkpoints.runtime._driver import check_driver
+from checkpoints.runtime._held import Bundle, next_bundle
 from checkpoints.runtime._outage import Backoff, OutageLog, is_outage, is_passing
 from checkpoints.runtime._outcomes import Goal
 from checkpoints.runtime._tasks import uninterrupted, wait
@@ -71,16 +72,11 @@ class AsyncConsumer:
         # Its own statements are one a transaction, and gain nothing by a stricter level.
         self._own = engine.execution_options(isolation_level="READ COMMITTED")
         self._settings = ConsumerSettings(group=group, **settings)
-        if self._settings.handlers_per_transaction != 1:
-            raise ValueError(
-                "handlers_per_transaction must be 1 for an AsyncConsumer, which runs its handlers "
-                f"at once, not {self._settings.handlers_per_transaction!r}"
-            )
-        self._names, handler_of = checked_handlers(handlers, blocking=False)
+        self._names, self._handler_of = checked_handlers(handlers, blocking=False)
         self._telemetry = Telemetry(group)
         self._outage = OutageLog(group)
         self._worker = AsyncWorker(
-            engine, self._own, self._settings, handler_of, self._telemetry, self._outage
+            engine, self._own, self._settings, self._handler_of, self._telemetry, self._outage
         )
         self._keeper = self._new_keeper()
         self._due_since = outcomes.DueSince()
@@ -88,6 +84,7 @@ class AsyncConsumer:
         self._woken = asyncio.Event()
         self._waiting: deque[AsyncHeld] = deque()
         self._running: set[AsyncHeld] = set()
+        self._busy: set[Bundle[AsyncHeld]] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._stops = 0
 
@@ -148,7 +145,7 @@ class AsyncConsumer:
             self._worker,
             self._telemetry,
             self._outage,
-            self._free,
+            self._replace,
         )
 
     async def _serve(self, goal: Goal) -> int:
@@ -246,53 +243,100 @@ class AsyncConsumer:
             await wait(self._woken, None)
 
     def _hand_out(self) -> None:
-        while self._waiting and len(self._running) < self._settings.concurrency:
-            held = self._waiting.popleft()
-            if held.over:
-                self._keeper.forget(held)
+        while self._waiting and len(self._busy) < self._settings.concurrency:
+            bundle = next_bundle(
+                self._waiting,
+                self._settings.concurrency - len(self._busy),
+                self._settings,
+                self._handler_of,
+                self._keeper.forget,
+            )
+            if not bundle.helds:
                 continue
-            self._running.add(held)
-            held.task = asyncio.create_task(self._worker.process(held))
-            self._tasks.add(held.task)
-            held.task.add_done_callback(lambda task, held=held: self._on_done(task, held))  # type: ignore[misc]
+            self._running |= bundle.left
+            self._busy.add(bundle)
+            task = asyncio.create_task(self._worker.process_all(bundle, self._on_done))
+            for held in bundle.helds:
+                held.worker = task
+            self._tasks.add(task)
+            task.add_done_callback(lambda task, bundle=bundle: self._on_ended(task, bundle))  # type: ignore[misc]
 
-    def _on_done(self, task: asyncio.Task[None], held: AsyncHeld) -> None:
+    def _on_done(self, held: AsyncHeld) -> None:
+        """Its handler has come to an end, and so has all that followed."""
+        bundle = held.bundle
+        if bundle is not None and bundle in self._busy:
+            self._forget([held], bundle)
+            if not bundle.left:
+                self._free(bundle)
+            self._woken.set()
+
+    def _on_ended(self, task: asyncio.Task[None], bundle: Bundle[AsyncHeld]) -> None:
         self._tasks.discard(task)
-        self._free(held)
+        # When it was cancelled from outside, some are left.
+        if bundle in self._busy:
+            self._forget(list(bundle.left), bundle)
+            self._free(bundle)
 
-    def _free(self, held: AsyncHeld) -> None:
-        """Its slot is for the next."""
-        if held in self._running:
+    def _forget(self, helds: Iterable[AsyncHeld], bundle: Bundle[AsyncHeld]) -> None:
+        for held in helds:
             self._running.discard(held)
             self._keeper.forget(held)
-            if not self._stops:
-                self._hand_out()
-            self._woken.set()
+            bundle.left.discard(held)
+
+    def _free(self, bundle: Bundle[AsyncHeld]) -> None:
+        """Its slot is for the next."""
+        self._busy.discard(bundle)
+        bundle.part()
+        if not self._stops:
+            self._hand_out()
+        self._woken.set()
+
+    def _replace(self, abandoned: AsyncHeld) -> None:
+        """Do without a task that hangs, and give the rest of what it had to another."""
+        bundle = abandoned.bundle
+        if bundle is None or bundle not in self._busy:
+            return
+        left = list(bundle.left)
+        self._forget(left, bundle)
+        for held in left:
+            if not held.over:
+                again = held.anew()
+                self._keeper.keep(again)
+                self._waiting.append(again)
+        self._free(bundle)
 
     # --- ending
 
     async def _finish(self) -> None:
         """Give back what was not started, await what runs, and give that up when time is over."""
         try:
-            await self._give_back(self._waiting)
-            self._waiting.clear()
+            await self._give_back_waiting()
             ends = time.monotonic() + self._settings.grace.total_seconds()
             while self._running and self._stops < 2 and (left := ends - time.monotonic()) > 0:
                 self._woken.clear()
                 await wait(self._woken, left)
+                # What was with one that hangs waits again.
+                await self._give_back_waiting()
         finally:
             running = [held for held in self._running if not held.over]
-            tasks = {held.task for held in self._running if held.task is not None}
+            tasks = _tasks_of(self._running)
             self._running.clear()
+            self._busy.clear()
             for held in running:
                 outcomes.log_given_up(self._settings.group, held.reservation)
                 held.abandoned = True
-                held.cancel()
+            for task in _tasks_of(running):
+                task.cancel()
             if tasks:
                 await asyncio.wait(tasks, timeout=_PATIENCE)
             for held in running:
                 held.sever()
             await self._give_back(running)
+
+    async def _give_back_waiting(self) -> None:
+        waiting = list(self._waiting)
+        self._waiting.clear()
+        await self._give_back(waiting)
 
     async def _give_back(self, helds: Iterable[AsyncHeld]) -> None:
         left = list(helds)
@@ -334,3 +378,8 @@ class AsyncConsumer:
             outcomes.log_not_given_back(self._settings.group, held.reservation, error)
         finally:
             held.lock.release()
+
+
+def _tasks_of(helds: Iterable[AsyncHeld]) -> set[asyncio.Task[Any]]:
+    """The tasks that run their handlers, and those that see to them."""
+    return {task for held in helds for task in (held.task, held.worker) if task is not None}

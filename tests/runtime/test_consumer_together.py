@@ -1,4 +1,4 @@
-"""Handlers that share a transaction: one commit, or each by itself."""
+"""Handlers that share a transaction, of both consumers: one commit, or each by itself."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import URL, Engine, text
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy import URL, Engine, event, text
 
 from checkpoints import CheckpointStatus, release_checkpoint_reservation
 from checkpoints.runtime import AsyncConsumer, RetryPolicy
 from checkpoints.runtime._held import Holding
 from tests.runtime.consumers import Bench, Outside, Runner, Steps, Work, until
-from tests.support.factories import GROUP, MINUTE, State, state, violations
+from tests.support.factories import MINUTE, State, state, violations
 
 ONCE = RetryPolicy(max_attempts=1)
 STREAMS = [f"account-{n}" for n in range(9)]
@@ -71,17 +70,17 @@ def sound(bench: Bench) -> None:
 
 
 @pytest.fixture
-def bench(migrated_url: URL, engine: Engine) -> Iterator[Bench]:
-    """Blocking consumers alone."""
-    made = Bench("blocking", migrated_url, engine)
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def ids(bench: Bench) -> list[int]:
     """Nine streams of a subscription, the first due first."""
     return bench.fill(*STREAMS)
+
+
+@pytest.fixture
+def async_bench(migrated_url: URL, engine: Engine) -> Iterator[Bench]:
+    made = Bench("asyncio", migrated_url, engine)
+    made.fill(*STREAMS)
+    yield made
+    made.close()
 
 
 class Stubborn:
@@ -737,17 +736,100 @@ def test_a_handler_that_wakes_when_it_is_given_up_keeps_no_slot(
     bench.close()
 
 
+# --- asyncio alone
+
+
+def test_a_cancelled_task_gives_back_what_runs_together(async_bench: Bench) -> None:
+    sleeper = Sleeper("account-4")
+    runner = together(async_bench, sleeper, handlers_per_transaction=5, batch=9)
+    future = runner.start()
+    assert sleeper.sleeps.wait(10)
+    future.cancel()
+    until(lambda: reserved(async_bench) == 0)
+    assert notes(async_bench) == {}
+    assert async_bench.ask("SELECT max(retry_attempts) FROM checkpoints.checkpoints") == 0
+
+
+def test_a_cancelled_task_ends_nothing_in_the_middle_of_a_commit(async_bench: Bench) -> None:
+    runner = together(async_bench, write)
+    updated: set[Any] = set()
+
+    def executed(connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if "SET stream_position" in statement:
+            updated.add(connection)
+
+    def committing(connection: Any) -> None:
+        if connection in updated:
+            future.cancel()
+
+    event.listen(runner.sync_engine, "before_cursor_execute", executed)
+    event.listen(runner.sync_engine, "commit", committing)
+    future = runner.start()
+    until(lambda: future.done() and not runner.tasks())  # type: ignore[attr-defined]
+    assert updated
+    assert len(set(notes(async_bench).values())) == 1
+    assert len(notes(async_bench)) == 9
+    assert reserved(async_bench) == 0
+
+
+def test_the_cancellation_of_one_is_not_seen_by_the_next(async_bench: Bench) -> None:
+    """A TaskGroup or a timeout of the next handler would take it for its own."""
+    cancelling: list[int] = []
+
+    async def handler(work: Work) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        cancelling.append(task.cancelling())
+        await work.write()
+        if work.reservation.stream_name == "account-4":
+            await told_to_end(work, runner)
+
+    runner = together(async_bench, handler, handler_timeout=timedelta(seconds=0.5))
+    assert runner.run_once() == 9
+    assert cancelling == [0] * 9
+
+
+def test_a_handler_that_breaks_the_connection_when_told_to_end_has_taken_too_long(
+    async_bench: Bench,
+) -> None:
+    """The driver breaks a connection whose statement is cancelled."""
+    runs: Counter[str] = Counter()
+
+    async def handler(work: Work) -> None:
+        name = work.reservation.stream_name
+        runs[name] += 1
+        await work.write()
+        if name == "account-4":
+            with suppress(asyncio.CancelledError):
+                await work.execute(text("SELECT pg_sleep(60)"))
+
+    runner = together(async_bench, handler, handler_timeout=timedelta(seconds=0.5), retry=ONCE)
+    assert runner.run_once() == 8
+    assert runs["account-4"] == 1
+    assert len(notes(async_bench)) == 8
+    failed = async_bench.ask(
+        "SELECT retries -> 0 -> 'error' ->> 'type' FROM checkpoints.checkpoints"
+        " WHERE status = 'failed'"
+    )
+    assert failed == "builtins.TimeoutError"
+
+
+def test_handlers_run_alone_are_not_cancelled_for_each_other(async_bench: Bench) -> None:
+    cancelling: list[int] = []
+    sleeper = Sleeper("account-4")
+
+    async def handler(work: Work) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        cancelling.append(task.cancelling())
+        await sleeper(work)
+
+    runner = together(async_bench, handler, handler_timeout=timedelta(seconds=0.5), retry=ONCE)
+    assert runner.run_once() == 8
+    assert set(cancelling) == {0}
+
+
 # --- arguments
-
-
-def test_an_asyncio_consumer_has_no_such_transaction() -> None:
-    engine = create_async_engine("postgresql+psycopg://")
-
-    async def handler(*_: Any) -> None:
-        raise NotImplementedError
-
-    with pytest.raises(ValueError, match="handlers_per_transaction must be 1"):
-        AsyncConsumer(engine, GROUP, handler, handlers_per_transaction=2)
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True])
