@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from socket import SHUT_RDWR, socket
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 from sqlalchemy import Connection
 
 from checkpoints.errors import ReservationLost
 from checkpoints.records import Reservation
+from checkpoints.runtime.settings import ConsumerSettings, OutsideTransaction
 
 
 class Holding:
@@ -22,6 +24,8 @@ class Holding:
 
     def __init__(self, reservation: Reservation, reservation_timeout: timedelta) -> None:
         self.reservation = reservation
+        self.bundle: Bundle[Self] | None = None
+        self._reservation_timeout = reservation_timeout
         self.reserved_at = self.extended_at = time.monotonic()
         # By the database's clock alone: it was reserved a timeout before the reservation ends.
         waited = reservation.reserved_until - reservation_timeout - reservation.process_at
@@ -47,6 +51,14 @@ class Holding:
         self.started_at = None
         self.finished = False
         self.timed_out = False
+
+    def anew(self) -> Self:
+        """The same for another worker or task; the one that has it must use the token no more."""
+        self.abandoned = True
+        again = type(self)(self.reservation, self._reservation_timeout)
+        again.reserved_at, again.extended_at = self.reserved_at, self.extended_at
+        again._waited = self._waited
+        return again
 
     def check(self) -> None:
         """Raise unless the token may still be used."""
@@ -80,7 +92,6 @@ class Held(Holding):
         super().__init__(reservation, reservation_timeout)
         self.lock = threading.Lock()
         self.worker: threading.Thread | None = None
-        self.bundle: Bundle | None = None
         self._over = threading.Event()
         self._guard = threading.Lock()
         self._connection: Connection | None = None
@@ -122,13 +133,17 @@ class Held(Holding):
             self.lock.release()
 
 
-class Bundle:
+HeldT = TypeVar("HeldT", bound=Holding)
+
+
+class Bundle(Generic[HeldT]):
     """Held checkpoints that one worker has: their handlers run in one transaction if all goes well.
 
-    `left` is what the dispatcher has not heard of yet.
+    A worker is a thread, or a task of an asyncio consumer. `left` is what the dispatcher has not
+    heard of yet.
     """
 
-    def __init__(self, helds: Iterable[Held]) -> None:
+    def __init__(self, helds: Iterable[HeldT]) -> None:
         self.helds = tuple(helds)
         self.left = set(self.helds)
         for held in self.helds:
@@ -138,6 +153,46 @@ class Bundle:
     def is_given_up(self) -> bool:
         """Whether its worker hung, and must do no more with any of it."""
         return any(held.abandoned for held in self.helds)
+
+    def part(self) -> None:
+        """All of it is done: keep none in memory for another."""
+        for held in self.helds:
+            held.bundle = None
+
+
+def next_bundle(
+    waiting: deque[HeldT],
+    free: int,
+    settings: ConsumerSettings,
+    handler_of: Callable[[str], Any],
+    forget: Callable[[HeldT], None],
+) -> Bundle[HeldT]:
+    """Take what the next of so many free workers is to do: several, if they can share.
+
+    A handler may not run in a transaction with others if it is to run outside of one, or has failed
+    before. `forget` is for what is over already.
+    """
+
+    def may_share(held: HeldT) -> bool:
+        handler = handler_of(held.reservation.subscription_name)
+        return not (held.reservation.retry_attempts or isinstance(handler, OutsideTransaction))
+
+    def take() -> Iterator[HeldT]:
+        share = settings.share(len(waiting), free)
+        taken = 0
+        while waiting and taken < share:
+            held = waiting[0]
+            if held.over:
+                forget(held)
+            else:
+                shares = may_share(held)
+                if taken and not shares:
+                    return
+                taken = taken + 1 if shares else share
+                yield held
+            waiting.popleft()
+
+    return Bundle(take())
 
 
 def sever(connection: Connection | None) -> None:

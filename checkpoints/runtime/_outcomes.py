@@ -17,6 +17,7 @@ from typing import ParamSpec, Self
 from sqlalchemy import Connection, func, select
 from sqlalchemy.exc import DBAPIError
 
+from checkpoints.errors import ReservationsLost
 from checkpoints.executing import Checkpoints, translated
 from checkpoints.records import (
     CheckpointStatus,
@@ -135,6 +136,23 @@ def check_transaction(reservation: Reservation, *, is_active: bool) -> None:
         )
 
 
+def lose(telemetry: Telemetry, group: str, held: Holding) -> None:
+    """The token is gone, or was ended here: then that was told already."""
+    if not (held.over or held.abandoned):
+        held.end()
+        log_lost(telemetry, group, held.reservation)
+
+
+def lose_some(
+    telemetry: Telemetry, group: str, helds: Sequence[Holding], error: ReservationsLost
+) -> None:
+    """Of those whose handlers ran together, the tokens that the error names are gone."""
+    lost = {id for id, _ in error.lost}
+    for held in helds:
+        if held.reservation.id in lost:
+            lose(telemetry, group, held)
+
+
 # --- in the database
 
 
@@ -239,12 +257,16 @@ def update(
 
 def update_many(
     connection: Connection,
-    done: Sequence[tuple[Reservation, int | None]],
+    helds: Sequence[Holding],
+    positions: Sequence[int | None],
     settings: ConsumerSettings,
 ) -> None:
     """Move checkpoints to what their handlers answered."""
     Checkpoints(connection).update_checkpoint_positions(
-        [_position_update(reservation, position, settings) for reservation, position in done]
+        [
+            _position_update(held.reservation, position, settings)
+            for held, position in zip(helds, positions, strict=True)
+        ]
     )
 
 

@@ -60,7 +60,7 @@ class Worker:
             if not held.abandoned:
                 held.end()
 
-    def process_all(self, bundle: Bundle) -> Iterator[Held]:
+    def process_all(self, bundle: Bundle[Held]) -> Iterator[Held]:
         """Run the handlers of a bundle; each of it, when it is done."""
         if len(bundle.helds) > 1 and self._process_together(bundle.helds):
             yield from bundle.helds
@@ -123,10 +123,7 @@ class Worker:
         take as long once more.
         """
         if isinstance(error, ReservationsLost):
-            lost = {id for id, _ in error.lost}
-            for held in helds:
-                if held.reservation.id in lost:
-                    self.lose(held)
+            outcomes.lose_some(self._telemetry, self._settings.group, helds, error)
         elif running is not None and running.timed_out and not running.abandoned:
             try:
                 self._fail(running, error)
@@ -143,14 +140,7 @@ class Worker:
                 locks.enter_context(held.lock)
             for held in helds:
                 held.check()
-            outcomes.update_many(
-                connection,
-                [
-                    (held.reservation, position)
-                    for held, position in zip(helds, positions, strict=True)
-                ],
-                self._settings,
-            )
+            outcomes.update_many(connection, helds, positions, self._settings)
             connection.commit()
             for held in helds:
                 held.processed = True
@@ -159,9 +149,7 @@ class Worker:
 
     def lose(self, held: Held) -> None:
         """The token is gone, or was ended here: then that was told already."""
-        if not (held.over or held.abandoned):
-            held.end()
-            outcomes.log_lost(self._telemetry, self._settings.group, held.reservation)
+        outcomes.lose(self._telemetry, self._settings.group, held)
 
     def _try(self, held: Held) -> BaseException | None:
         """Run the handler until the position is updated; None, or the error of the handler."""

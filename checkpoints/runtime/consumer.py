@@ -25,7 +25,7 @@ from checkpoints.errors import ReservationLost
 from checkpoints.records import Reservation
 from checkpoints.runtime import _outcomes as outcomes
 from checkpoints.runtime._driver import check_driver
-from checkpoints.runtime._held import Bundle, Held
+from checkpoints.runtime._held import Bundle, Held, next_bundle
 from checkpoints.runtime._keeper import Keeper
 from checkpoints.runtime._outage import Backoff, OutageLog, is_outage, is_passing
 from checkpoints.runtime._outcomes import Goal
@@ -116,7 +116,7 @@ class Consumer:
         self._serving = threading.Lock()
         # Reentrant, so that a signal handler may put into it.
         self._events: queue.SimpleQueue[_Event | Held] = queue.SimpleQueue()
-        self._jobs: queue.SimpleQueue[Bundle | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Bundle[Held] | None] = queue.SimpleQueue()
         self._threads: set[threading.Thread] = set()
         self._waiting: deque[Held] = deque()
         # By identity: a checkpoint may be reserved again before it is known here that it was done.
@@ -226,7 +226,7 @@ class Consumer:
         thread.start()
         self._threads.add(thread)
 
-    def _work(self, jobs: queue.SimpleQueue[Bundle | None]) -> None:
+    def _work(self, jobs: queue.SimpleQueue[Bundle[Held] | None]) -> None:
         while (bundle := jobs.get()) is not None:
             if not self._work_on(bundle):
                 return
@@ -235,7 +235,7 @@ class Consumer:
         # For the next of them.
         jobs.put(None)
 
-    def _work_on(self, bundle: Bundle) -> bool:
+    def _work_on(self, bundle: Bundle[Held]) -> bool:
         """Process it; whether this thread may go on with the next."""
         for held in bundle.helds:
             held.worker = threading.current_thread()
@@ -291,7 +291,13 @@ class Consumer:
 
     def _hand_out(self, keeper: Keeper) -> None:
         while self._waiting and self._busy < self._settings.concurrency:
-            bundle = Bundle(self._next(keeper))
+            bundle = next_bundle(
+                self._waiting,
+                self._settings.concurrency - self._busy,
+                self._settings,
+                self._handler_of,
+                keeper.forget,
+            )
             if not bundle.helds:
                 continue
             self._running |= bundle.left
@@ -299,27 +305,6 @@ class Consumer:
             if len(self._threads) < self._busy:
                 self._start_worker()
             self._jobs.put(bundle)
-
-    def _next(self, keeper: Keeper) -> Iterator[Held]:
-        """What the next free worker is to do: several, if they can share a transaction."""
-        share = self._settings.share(len(self._waiting), self._settings.concurrency - self._busy)
-        taken = 0
-        while self._waiting and taken < share:
-            held = self._waiting[0]
-            if not held.over:
-                may_share = self._may_share(held.reservation)
-                if taken and not may_share:
-                    return
-                taken = taken + 1 if may_share else share
-                yield held
-            else:
-                keeper.forget(held)
-            self._waiting.popleft()
-
-    def _may_share(self, reservation: Reservation) -> bool:
-        """Whether its handler may run in a transaction with others: not if it has failed before."""
-        handler = self._handler_of(reservation.subscription_name)
-        return not (reservation.retry_attempts or isinstance(handler, OutsideTransaction))
 
     def _await_events(self, seconds: float, keeper: Keeper) -> None:
         """Wait for one event, then take all there are."""
@@ -341,9 +326,9 @@ class Consumer:
                 keeper.forget(event)
                 self._processed += event.processed
                 bundle.left.discard(event)
-                if not event.abandoned:
-                    self._busy -= not bundle.left
-                    event.bundle = bundle if bundle.left else None
+                if not event.abandoned and not bundle.left:
+                    self._busy -= 1
+                    bundle.part()
             # Also when it was heard of before it was given up: its worker leaves the rest undone.
             if event.abandoned:
                 self._replace(event, keeper)
@@ -364,9 +349,7 @@ class Consumer:
             keeper.forget(held)
             # The keeper may just be changing the token.
             with held.lock:
-                held.abandoned = True
-                again = Held(held.reservation, self._settings.reservation_timeout)
-                again.extended_at = held.extended_at
+                again = held.anew()
             if not held.over:
                 keeper.keep(again)
                 self._waiting.append(again)
@@ -376,11 +359,12 @@ class Consumer:
     def _finish(self, keeper: Keeper) -> None:
         """Give back what was not started, await what runs, and give that up when time is over."""
         try:
-            self._give_back(self._waiting, keeper)
-            self._waiting.clear()
+            self._give_back_waiting(keeper)
             ends = time.monotonic() + self._settings.grace.total_seconds()
             while self._running and self._stops < 2 and (left := ends - time.monotonic()) > 0:
                 self._await_events(left, keeper)
+                # What was with one that hangs waits again.
+                self._give_back_waiting(keeper)
         finally:
             running = list(self._running)
             self._running.clear()
@@ -392,6 +376,11 @@ class Consumer:
             self._give_back(running, keeper)
             # A handler that waits for something else than the database goes on by itself.
             self._threads -= {held.worker for held in running if not held.finished}
+
+    def _give_back_waiting(self, keeper: Keeper) -> None:
+        waiting = list(self._waiting)
+        self._waiting.clear()
+        self._give_back(waiting, keeper)
 
     def _give_back(self, helds: Iterable[Held], keeper: Keeper) -> None:
         left = list(helds)

@@ -61,7 +61,7 @@ class ConsumerSettings:
     - `handlers_per_transaction`: how many handlers may run, one after the other, in one transaction
       that commits all of their positions: for small handlers several times as fast. When one
       raises, or a reservation is lost, all is rolled back, and each runs again in a transaction of
-      its own; retries always do. Not for an `AsyncConsumer`, of which it must be 1.
+      its own; retries always do.
     - `reservation_timeout`: how long a checkpoint stays with a process that died. While it lives,
       the reservation is extended at a third of that.
     - `handler_timeout`: how long a handler may take (None: for ever). Then its attempt has failed;

@@ -61,6 +61,12 @@ class Work:
         elif self.connection is not None:
             self.connection.commit()
 
+    async def rollback(self) -> None:
+        if isinstance(self.connection, AsyncConnection):
+            await self.connection.rollback()
+        elif self.connection is not None:
+            self.connection.rollback()
+
     async def wait(self, awaited: threading.Event) -> None:
         try:
             asyncio.get_running_loop()
@@ -89,7 +95,7 @@ class Outside:
         self.step = step
 
 
-Steps = Step | Outside | dict[str, Step]
+Steps = Step | Outside | Mapping[str, Step | Outside]
 
 
 class Runner:
@@ -152,8 +158,8 @@ class Runner:
 
 
 def _mapped(steps: Steps, adapt: Callable[[Step], Any], outside: Callable[[Step], Any]) -> Any:
-    if isinstance(steps, dict):
-        return {name: adapt(step) for name, step in steps.items()}
+    if isinstance(steps, Mapping):
+        return {name: _mapped(step, adapt, outside) for name, step in steps.items()}
     if isinstance(steps, Outside):
         return OutsideTransaction(outside(steps.step))
     return adapt(steps)

@@ -304,7 +304,10 @@ def consumers(engine: Engine) -> None:
 
 async def consumers_async(engine: AsyncEngine) -> None:
     consumer = AsyncConsumer(
-        engine, "group", {"one": handle_async, "outside": OutsideTransaction(call_async)}
+        engine,
+        "group",
+        {"one": handle_async, "outside": OutsideTransaction(call_async)},
+        handlers_per_transaction=4,
     )
     assert_type(await consumer.drain(), int)
     await consumer.run()
