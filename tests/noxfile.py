@@ -22,10 +22,12 @@ TOOLS = (
     "build",
     "hatchling",
     "hypothesis",
+    "mypy",
     "opentelemetry-sdk",
     "pytest-timeout",
     "pytest-xdist",
     "pyyaml",
+    "ruff",
     "sybil",
 )
 
@@ -40,17 +42,14 @@ TESTS = (
     "tests/test_arguments.py",
     "tests/test_executing.py",
 )
-# A part that takes a minute or two.
-STATEMENTS = (
-    "tests/statements/test_consumer.py",
-    "tests/statements/test_recorder.py",
-    "tests/statements/test_claiming.py",
-    "tests/statements/test_update_positions.py",
-    "tests/test_executing.py",
-)
+# Those of the migrations take as long as all others.
+PART = tuple(test for test in TESTS if test != "tests/migrations")
 
 # Wheels of psycopg-binary came after the release that is the oldest allowed.
 FIRST_BINARY = {(3, 13): "3.2.2", (3, 14): "3.2.10"}
+
+# The servers, which are listed from the oldest on.
+OLDEST, NEWEST = 0, -1
 
 nox.options.envdir = str(ROOT / ".nox")
 nox.options.error_on_missing_interpreters = True
@@ -71,8 +70,8 @@ def oldest(python: tuple[int, int]) -> list[str]:
     return [f"{name}=={version}" for name, version in versions.items()]
 
 
-def run(session: nox.Session, dependencies: str, tests: tuple[str, ...]) -> None:
-    """Install, say what is installed, and run the tests on the oldest and the newest server."""
+def run(session: nox.Session, dependencies: str, tests: tuple[str, ...], *ends: int) -> None:
+    """Install, say what is installed, and run the tests on the servers at these ends."""
     session.chdir(ROOT)
     # The interpreter that runs this may be given by a path.
     python: str = session.run(
@@ -106,7 +105,7 @@ def run(session: nox.Session, dependencies: str, tests: tuple[str, ...]) -> None
     )  # type: ignore[assignment]
     majors: list[int] = json.loads(found)
     chosen = session.posargs or ("-n", "2", *tests)
-    for server in sorted({majors[0], majors[-1]}):
+    for server in sorted({majors[end] for end in ends}):
         session.run("pytest", "-q", "--postgres-major", str(server), *chosen)
 
 
@@ -114,10 +113,10 @@ def run(session: nox.Session, dependencies: str, tests: tuple[str, ...]) -> None
 @nox.parametrize("dependencies", ["newest", "oldest"], ids=["newest", "oldest"])
 def tests(session: nox.Session, dependencies: str) -> None:
     """One version of Python, with the newest or the oldest dependencies that are allowed."""
-    run(session, dependencies, TESTS)
+    run(session, dependencies, TESTS, OLDEST, NEWEST)
 
 
 @nox.session
 def oldest_dependencies(session: nox.Session) -> None:
-    """A part, for `.ci/run`: the oldest dependencies, on the Python that runs nox."""
-    run(session, "oldest", STATEMENTS)
+    """A part, for `.ci/run`: the oldest dependencies, on the newest server and this Python."""
+    run(session, "oldest", PART, NEWEST)

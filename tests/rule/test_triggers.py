@@ -412,16 +412,17 @@ class Listener:
     """What a second session hears, up to now."""
 
     def __init__(self, url: URL, channel: str = "checkpoints") -> None:
-        self.connection = psycopg.connect(
-            url.set(drivername="postgresql").render_as_string(hide_password=False), autocommit=True
-        )
+        conninfo = url.set(drivername="postgresql").render_as_string(hide_password=False)
+        self.connection = psycopg.connect(conninfo, autocommit=True)
+        self.marking = psycopg.connect(conninfo, autocommit=True)
         self.connection.execute(f'LISTEN "{channel}"')
         self.connection.execute("LISTEN so_far")
 
     def heard(self) -> list[tuple[str, str]]:
         """Channel and payload of each notification since the last call."""
-        # Notifications are queued in the order of the commits: a mark of our own comes last.
-        self.connection.execute("NOTIFY so_far")
+        # Notifications are queued in the order of the commits: a mark of our own comes last. It
+        # is sent by another connection: psycopg before 3.2.4 forgets what comes while one executes.
+        self.marking.execute("NOTIFY so_far")
         heard: list[tuple[str, str]] = []
         for notification in self.connection.notifies(timeout=60):
             if notification.channel == "so_far":
@@ -429,11 +430,17 @@ class Listener:
             heard.append((notification.channel, notification.payload))
         raise AssertionError("not even our own mark was heard")
 
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+        self.marking.close()
+
 
 @pytest.fixture
 def listener(migrated_url: URL) -> Iterator[Listener]:
-    made = Listener(migrated_url)
-    with made.connection:
+    with Listener(migrated_url) as made:
         yield made
 
 
@@ -628,8 +635,7 @@ class TestNotification:
             )
         ) as engine:
             metadata.create_all(engine)
-            listener = Listener(database_url, schema.replace('"', '""'))
-            with listener.connection:
+            with Listener(database_url, schema.replace('"', '""')) as listener:
                 _record_one(engine)
                 assert listener.heard() == [(schema, GROUP)]
 

@@ -496,8 +496,9 @@ def test_waits_for_a_database_that_restarts(caplog: pytest.LogCaptureFixture) ->
                 spy.wait_until_idle()
                 with caplog.at_level(logging.WARNING, "checkpoints"):
                     server.restart("immediate")
-                engine.dispose()
-                append_to(engine, "account-1")
+                # What the recorder holds while its pool is disposed of would be closed by nobody.
+                with disposed(create_engine(server.url())) as own:
+                    append_to(own, "account-1")
                 spy.wait_until_idle()
             Recorder(engine, GROUP, IN_ORDER, [EVERYTHING]).drain()
             assert versions(engine, "everything") == {"account-1": (2, 0)}
