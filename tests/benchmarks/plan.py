@@ -91,7 +91,7 @@ FULL = Plan(
     other_items=200_000,
     processes=(1, 4),
     others=("foreign", "paused"),
-    peer_rounds=3,
+    peer_rounds=2,
     peer_limit=8.0,
 )
 
