@@ -7,7 +7,7 @@ checkpoint then stands. After each step the rule must hold, by the audit and by 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import permutations
@@ -180,6 +180,21 @@ class Model:
 
     def set(self, id: int, after: Checkpoint) -> None:
         self.checkpoints[id] = after.settled(self.checkpoints.get(id))
+
+
+def claims(rows: Iterable[list[tuple[Any, int]]], limit: int) -> list[list[Any]]:
+    """The times of what may be claimed, of the times and ids that each subscription has.
+
+    Of the subscription that has waited longest, as far as it has more; then of the next. Which of
+    two that have waited as long comes first is not said.
+    """
+    allowed = []
+    for order in permutations(sorted(of_one) for of_one in rows):
+        oldest = [of_one[0][0] for of_one in order]
+        if oldest == sorted(oldest):
+            in_order = [row for of_one in order for row in of_one]
+            allowed.append(sorted(time for time, _ in in_order[:limit]))
+    return allowed
 
 
 class Machine(RuleBasedStateMachine):
@@ -383,14 +398,7 @@ class Machine(RuleBasedStateMachine):
                 and self.model.subscriptions[checkpoint.subscription] in served
             ):
                 due.setdefault(checkpoint.subscription, []).append((checkpoint.process_at, id))
-        # The subscription that has waited longest, as far as it has more; then the next. Which of
-        # two that have waited as long comes first is not said.
-        allowed = []
-        for order in permutations(sorted(rows) for rows in due.values()):
-            oldest = [rows[0][0] for rows in order]
-            if oldest == sorted(oldest):
-                in_order = [one for rows in order for one in rows]
-                allowed.append(sorted(time for time, _ in in_order[:limit]))
+        allowed = claims(due.values(), limit)
         rows = self.connection.execute(
             reserve_next_available_checkpoint(GROUP, timeout, replay_mode=mode, limit=limit)
         ).all()
@@ -515,16 +523,16 @@ class Machine(RuleBasedStateMachine):
 
     @rule(limit=st.integers(1, 4))
     def recover(self, limit: int) -> None:
-        expired = sorted(
-            (checkpoint.reserved_until, id)
-            for id, checkpoint in self.model.checkpoints.items()
-            if self.has_come(checkpoint.reserved_until) and self.in_group(checkpoint)
-        )
+        expired: dict[int, list[tuple[Any, int]]] = {}
+        for id, checkpoint in self.model.checkpoints.items():
+            if self.has_come(checkpoint.reserved_until) and self.in_group(checkpoint):
+                row = (checkpoint.reserved_until, id)
+                expired.setdefault(checkpoint.subscription, []).append(row)
         rows = self.connection.execute(
             recover_expired_checkpoint_reservations(GROUP, limit=limit)
         ).all()
         ended = sorted((self.model.checkpoints[row[0]].reserved_until, row[0]) for row in rows)
-        assert [time for time, _ in ended] == [time for time, _ in expired[:limit]]
+        assert [time for time, _ in ended] in claims(expired.values(), limit)
         for time, id in ended:
             assert isinstance(time, datetime)
             self.stale = time
