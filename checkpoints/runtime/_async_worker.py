@@ -275,12 +275,17 @@ class AsyncWorker:
 
     async def give_up(self, held: AsyncHeld) -> bool:
         """Record that a handler that nobody can stop took too long; False: not now."""
-        error = outcomes.timed_out(held.reservation, self._settings)
-        failure = Failure.of(held.reservation, error, self._settings.retry)
         try:
+            error = outcomes.timed_out(held.reservation, self._settings)
+            failure = Failure.of(held.reservation, error, self._settings.retry)
             return not held.lock.locked() and await self._record(held, failure)
         except ReservationLost:
             self.lose(held)
+            return True
+        except Exception:
+            # As of a retry policy's own: it must not keep the keeper from the others.
+            outcomes.log_unexpected(self._settings.group, "giving up failed", held.reservation)
+            held.end()
             return True
 
     async def _record(self, held: AsyncHeld, failure: Failure) -> bool:

@@ -215,12 +215,17 @@ class Worker:
 
     def give_up(self, held: Held) -> bool:
         """Record that a handler that nobody can stop took too long; False: not now."""
-        error = outcomes.timed_out(held.reservation, self._settings)
-        failure = Failure.of(held.reservation, error, self._settings.retry)
         try:
+            error = outcomes.timed_out(held.reservation, self._settings)
+            failure = Failure.of(held.reservation, error, self._settings.retry)
             return self._record(held, failure, wait=False)
         except ReservationLost:
             self.lose(held)
+            return True
+        except Exception:
+            # As of a retry policy's own: it must not keep the keeper from the others.
+            outcomes.log_unexpected(self._settings.group, "giving up failed", held.reservation)
+            held.end()
             return True
 
     def _record(self, held: Held, failure: Failure, *, wait: bool) -> bool:

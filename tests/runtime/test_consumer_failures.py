@@ -265,6 +265,34 @@ def test_a_handler_that_nobody_can_stop_frees_its_slot_and_writes_nothing(bench:
     assert entry["error"]["type"] == "builtins.TimeoutError"
 
 
+class Broken(RetryPolicy):
+    """A policy of the application's that raises."""
+
+    def delay_after(self, attempt: int) -> timedelta:
+        raise ZeroDivisionError(attempt)
+
+
+def test_a_policy_that_raises_keeps_the_keeper_from_nothing(
+    bench: Bench, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = bench.fill("stubborn", "account-1")
+    go_on = threading.Event()
+
+    async def stubborn(work: Work) -> None:
+        await work.write()
+        while work.reservation.id == ids[0] and not go_on.is_set():
+            with suppress(asyncio.CancelledError):
+                await work.wait(go_on)
+
+    with bench.consumer(stubborn, retry=Broken(), **SHORT).running():
+        until(lambda: bench.notes() == ["account-1"])
+        go_on.set()
+
+    assert bench.notes() == ["account-1"]
+    assert errors(bench, ids[0]) == []
+    assert [one.message for one in caplog.records if one.exc_info] == ["giving up failed"]
+
+
 def test_a_handler_whose_reservation_is_lost_and_that_hangs_frees_its_slot(bench: Bench) -> None:
     ids = bench.fill("stubborn", "account-1")
     started, go_on = threading.Event(), threading.Event()
