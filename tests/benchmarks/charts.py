@@ -38,7 +38,8 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": _TEXT,
 }
 _COLUMNS = 2
-_TITLE = 56
+_TITLE = 48
+_LABEL = 28
 
 
 def draw(all_series: Sequence[Series], file: Path) -> None:
@@ -93,10 +94,10 @@ def _bars(axes: Axes, series: Series, colours: dict[str, str]) -> None:
         axes.annotate(
             number(each.median), (each.high, place), (4, 0), textcoords="offset points", va="center"
         )
-    axes.set_yticks(places, list(found))
+    axes.set_yticks(places, [textwrap.fill(name, _LABEL) for name in found])
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(3))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.7g}"))
     axes.set_xlim(left=0)
     _finish(axes, f"{series.title}, {series.unit}")
