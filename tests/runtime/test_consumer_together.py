@@ -413,7 +413,7 @@ def test_one_that_takes_too_long_with_the_only_connection_is_recorded(
         Sleeper("account-4"),
         engine={"pool_size": 1, "max_overflow": 0, "pool_timeout": 10},
         retry=ONCE,
-        handler_timeout=timedelta(seconds=0.5),
+        handler_timeout=timedelta(seconds=1.5),
     )
     assert runner.run_once() == 8
     assert error_of(bench, ids[4])["type"] == "builtins.TimeoutError"
@@ -424,7 +424,7 @@ def test_what_shares_with_a_handler_that_hangs_is_given_to_another_worker(
     bench: Bench, ids: list[int], number: int
 ) -> None:
     stubborn = Stubborn(f"account-{number}")
-    runner = together(bench, stubborn, retry=ONCE, handler_timeout=timedelta(seconds=0.5))
+    runner = together(bench, stubborn, retry=ONCE, handler_timeout=timedelta(seconds=1.5))
     with runner.running():
         try:
             assert stubborn.hangs.wait(10)
@@ -445,7 +445,7 @@ def test_one_that_hangs_when_it_runs_alone_holds_up_no_other(bench: Bench, ids: 
             raise ValueError("so that each runs alone")
         await stubborn(work)
 
-    runner = together(bench, handler, retry=ONCE, handler_timeout=timedelta(seconds=0.5))
+    runner = together(bench, handler, retry=ONCE, handler_timeout=timedelta(seconds=1.5))
     with runner.running():
         try:
             assert stubborn.hangs.wait(10)
@@ -525,7 +525,7 @@ def test_a_retry_policy_that_raises_keeps_no_slot(bench: Bench) -> None:
             raise LookupError(f"no rule for {error!r}")
 
     runner = together(
-        bench, Sleeper("account-2"), handler_timeout=timedelta(seconds=0.5), retry=Strict()
+        bench, Sleeper("account-2"), handler_timeout=timedelta(seconds=1.5), retry=Strict()
     )
     with runner.running():
         until(lambda: len(notes(bench)) == 8)
@@ -548,7 +548,7 @@ def test_what_took_too_long_with_others_fails_by_its_own_error_alone(
             raise ValueError("its own")
         await work.write()
 
-    runner = together(bench, handler, handler_timeout=timedelta(seconds=2), retry=ONCE)
+    runner = together(bench, handler, handler_timeout=timedelta(seconds=4), retry=ONCE)
     assert runner.run_once() == 7
     assert error_of(bench, ids[0])["type"] == "builtins.ValueError"
 
@@ -573,7 +573,7 @@ def test_one_that_ends_in_spite_of_being_told_to_commits_with_the_others(bench: 
         if work.reservation.stream_name == "account-4":
             await told_to_end(work, runner)
 
-    runner = together(bench, handler, handler_timeout=timedelta(seconds=1))
+    runner = together(bench, handler, handler_timeout=timedelta(seconds=4))
     assert runner.run_once() == 9
     assert len(set(notes(bench).values())) == 1
 
@@ -594,7 +594,7 @@ def test_a_checkpoint_that_is_locked_holds_up_no_other_for_ever(
                 )
                 reached.set()
 
-        runner = together(bench, handler, handler_timeout=timedelta(seconds=0.3))
+        runner = together(bench, handler, handler_timeout=timedelta(seconds=2))
         drained = runner.start_drain()
         assert reached.wait(10)
         until(lambda: bench.backends("%SET stream_position%"))
@@ -784,7 +784,7 @@ def test_the_cancellation_of_one_is_not_seen_by_the_next(async_bench: Bench) -> 
         if work.reservation.stream_name == "account-4":
             await told_to_end(work, runner)
 
-    runner = together(async_bench, handler, handler_timeout=timedelta(seconds=0.5))
+    runner = together(async_bench, handler, handler_timeout=timedelta(seconds=3))
     assert runner.run_once() == 9
     assert cancelling == [0] * 9
 
@@ -803,7 +803,7 @@ def test_a_handler_that_breaks_the_connection_when_told_to_end_has_taken_too_lon
             with suppress(asyncio.CancelledError):
                 await work.execute(text("SELECT pg_sleep(60)"))
 
-    runner = together(async_bench, handler, handler_timeout=timedelta(seconds=0.5), retry=ONCE)
+    runner = together(async_bench, handler, handler_timeout=timedelta(seconds=1.5), retry=ONCE)
     assert runner.run_once() == 8
     assert runs["account-4"] == 1
     assert len(notes(async_bench)) == 8
@@ -824,7 +824,7 @@ def test_handlers_run_alone_are_not_cancelled_for_each_other(async_bench: Bench)
         cancelling.append(task.cancelling())
         await sleeper(work)
 
-    runner = together(async_bench, handler, handler_timeout=timedelta(seconds=0.5), retry=ONCE)
+    runner = together(async_bench, handler, handler_timeout=timedelta(seconds=1.5), retry=ONCE)
     assert runner.run_once() == 8
     assert set(cancelling) == {0}
 
