@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
@@ -127,16 +126,7 @@ def _compiled(statement: Select[*tuple[Any, ...]]) -> Text:
     for name, value in compiled.params.items():
         kind = next((kind for kind, wanted in kinds if value == wanted), None)
         if kind is None:
-            fixed[name] = _plain(value)
+            fixed[name] = value
         else:
             names[kind] = name
     return Text(str(compiled), fixed, names)
-
-
-def _plain(value: Any) -> Any:
-    """A value as psycopg takes it: members of an enumeration by their values."""
-    if isinstance(value, enum.Enum):
-        return value.value
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_plain(item) for item in value]
-    return value

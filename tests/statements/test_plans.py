@@ -71,12 +71,8 @@ def generic_plan(connection: Connection, name: str) -> str:
 def custom_plan(connection: Connection, name: str) -> str:
     """EXPLAIN of the statement with the values of its sample."""
     compiled = SAMPLES[name].compile(dialect=connection.dialect)
-    values = {
-        key: [getattr(item, "value", item) for item in value] if isinstance(value, list) else value
-        for key, value in compiled.params.items()
-    }
     connection.exec_driver_sql("SET plan_cache_mode = force_custom_plan")
-    rows = connection.exec_driver_sql(f"EXPLAIN {compiled}", values).scalars().all()
+    rows = connection.exec_driver_sql(f"EXPLAIN {compiled}", compiled.params).scalars().all()
     return "\n".join(rows)
 
 
