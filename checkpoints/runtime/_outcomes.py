@@ -6,12 +6,12 @@ The functions of a connection block; the asyncio consumer calls them by `run_syn
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import Enum, auto
 from functools import wraps
+from operator import attrgetter
 from typing import ParamSpec, Self
 
 from sqlalchemy import Connection, func, select
@@ -27,8 +27,9 @@ from checkpoints.records import (
     Reservation,
     SubscriptionStatus,
 )
+from checkpoints.runtime._due_since import DueSince
 from checkpoints.runtime._held import Holding
-from checkpoints.runtime._outage import Backoff, is_conflict, is_outage
+from checkpoints.runtime._outage import Backoff, OutageLog, is_conflict, is_outage, is_passing
 from checkpoints.runtime.retry import RetryPolicy, describe_error, message_of
 from checkpoints.runtime.settings import ConsumerSettings
 from checkpoints.runtime.telemetry import Telemetry, fields, logger
@@ -41,9 +42,6 @@ RECOVERED_AT_ONCE = 100
 # After so many in a row, one counts as the handler's error.
 _CONFLICTS = 20
 _BROKEN = 5
-
-_LOOKS_FOR_ALL_AFTER = 0.5
-_COMMITTED_LATE = timedelta(milliseconds=200)
 
 
 class Goal(Enum):
@@ -153,6 +151,27 @@ def lose_some(
             lose(telemetry, group, held)
 
 
+def after_recording(
+    telemetry: Telemetry,
+    outage: OutageLog,
+    group: str,
+    held: Holding,
+    failure: Failure,
+    error: Exception | None,
+) -> bool:
+    """What follows when a failure was recorded, or that failed; False: it may succeed later."""
+    if error is None:
+        log_failure(telemetry, group, held.reservation, failure)
+        return True
+    if is_passing(error):
+        if is_outage(error):
+            outage.away(error)
+        return False
+    held.end()
+    log_unrecorded(group, held.reservation, failure, error)
+    return True
+
+
 # --- in the database
 
 
@@ -184,32 +203,6 @@ def check_start(
     log_unknown(group, there, names)
 
 
-class DueSince:
-    """Since when a consumer looks for what is due: since the oldest that it took the last time.
-
-    What was taken before that leaves dead rows at the head of the index, which cannot be removed
-    while any transaction in the database is open. Now and then it looks for all: what is released,
-    scheduled for a time that is past, or resumed lies before.
-    """
-
-    def __init__(self) -> None:
-        self._moment: datetime | None = None
-        self._looks_for_all_at = 0.0
-
-    def next(self) -> datetime | None:
-        """For the next reserve; None: look for all."""
-        now = time.monotonic()
-        if now >= self._looks_for_all_at:
-            self._looks_for_all_at = now + _LOOKS_FOR_ALL_AFTER
-            return None
-        return self._moment
-
-    def took(self, reserved: Sequence[Reservation]) -> None:
-        """What the reserve gave."""
-        # Transactions that began before, and commit later, may make older ones ready.
-        self._moment = min(one.process_at for one in reserved) - _COMMITTED_LATE
-
-
 def reserve(
     connection: Connection,
     settings: ConsumerSettings,
@@ -217,11 +210,15 @@ def reserve(
     since: DueSince,
     limit: int,
 ) -> tuple[list[Reservation], timedelta | None]:
-    """Reserve; when nothing is to be had, say when the next is due."""
-    checkpoints = Checkpoints(connection)
-    due_since = since.next()
-    while True:
-        reserved = checkpoints.reserve_next_available_checkpoint(
+    """Reserve, and commit; when nothing is to be had, say when the next is due."""
+    # A stricter level gains nothing but conflicts. A statement by itself has the server's default,
+    # and needs no BEGIN and COMMIT, which would be two more ways to the server.
+    by_itself = connection.default_isolation_level == "READ COMMITTED"
+    level = "AUTOCOMMIT" if by_itself else "READ COMMITTED"
+    checkpoints = Checkpoints(connection.execution_options(isolation_level=level))
+
+    def look(due_since: datetime | None) -> list[Reservation]:
+        return checkpoints.reserve_next_available_checkpoint(
             settings.group,
             settings.reservation_timeout,
             replay_mode=settings.replay_mode,
@@ -231,15 +228,15 @@ def reserve(
             # Should a crash undo it, the token is gone, and what was written for it rolls back.
             synchronous_commit=False,
         )
-        if reserved:
-            since.took(reserved)
-            return reserved, None
-        if due_since is None:
-            break
-        due_since = None
-    return reserved, checkpoints.get_next_process_at(
-        settings.group, replay_mode=settings.replay_mode, subscription_names=names
-    )
+
+    due_in = None
+    reserved = since.take(look, attrgetter("process_at"))
+    if not reserved:
+        due_in = checkpoints.get_next_process_at(
+            settings.group, replay_mode=settings.replay_mode, subscription_names=names
+        )
+    connection.commit()
+    return reserved, due_in
 
 
 def update(

@@ -22,6 +22,7 @@ from checkpoints.runtime._async_keeper import AsyncKeeper
 from checkpoints.runtime._async_listener import AsyncListener
 from checkpoints.runtime._async_worker import AsyncWorker
 from checkpoints.runtime._driver import check_driver
+from checkpoints.runtime._due_since import DueSince
 from checkpoints.runtime._held import Bundle, next_bundle
 from checkpoints.runtime._outage import Backoff, OutageLog, is_outage, is_passing
 from checkpoints.runtime._outcomes import Goal
@@ -79,7 +80,7 @@ class AsyncConsumer:
             engine, self._own, self._settings, self._handler_of, self._telemetry, self._outage
         )
         self._keeper = self._new_keeper()
-        self._due_since = outcomes.DueSince()
+        self._due_since = DueSince()
         self._serving = False
         self._woken = asyncio.Event()
         self._waiting: deque[AsyncHeld] = deque()
@@ -226,7 +227,7 @@ class AsyncConsumer:
 
     async def _reserve(self, limit: int) -> tuple[bool, timedelta | None]:
         """Reserve, to hand out or give back; when nothing is to be had, when the next is due."""
-        async with self._own.begin() as connection:
+        async with self._engine.connect() as connection:
             reserved, due_in = await connection.run_sync(
                 outcomes.reserve, self._settings, self._names, self._due_since, limit
             )

@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum, auto
 from types import FrameType
@@ -25,6 +25,7 @@ from checkpoints.errors import ReservationLost
 from checkpoints.records import Reservation
 from checkpoints.runtime import _outcomes as outcomes
 from checkpoints.runtime._driver import check_driver
+from checkpoints.runtime._due_since import DueSince
 from checkpoints.runtime._held import Bundle, Held, next_bundle
 from checkpoints.runtime._keeper import Keeper
 from checkpoints.runtime._outage import Backoff, OutageLog, is_outage, is_passing
@@ -115,14 +116,14 @@ class Consumer:
         )
         self._serving = threading.Lock()
         # Reentrant, so that a signal handler may put into it.
-        self._events: queue.SimpleQueue[_Event | Held] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[_Event | Sequence[Held]] = queue.SimpleQueue()
         self._jobs: queue.SimpleQueue[Bundle[Held] | None] = queue.SimpleQueue()
         self._threads: set[threading.Thread] = set()
         self._waiting: deque[Held] = deque()
         # By identity: a checkpoint may be reserved again before it is known here that it was done.
         self._running: set[Held] = set()
         self._busy = 0
-        self._due_since = outcomes.DueSince()
+        self._due_since = DueSince()
         self._stops = 0
         self._processed = 0
 
@@ -239,8 +240,8 @@ class Consumer:
         """Process it; whether this thread may go on with the next."""
         for held in bundle.helds:
             held.worker = threading.current_thread()
-        for held in self._worker.process_all(bundle):
-            self._events.put(held)
+        for done in self._worker.process_all(bundle):
+            self._events.put(done)
         return not bundle.is_given_up
 
     def _dispatch(self, goal: Goal, keeper: Keeper, listen: Callable[[], None]) -> None:
@@ -256,7 +257,7 @@ class Consumer:
                             outcomes.check_start(connection, self._settings, self._names)
                         checked = True
                         listen()
-                    with self._own.begin() as connection:
+                    with self._engine.connect() as connection:
                         reserved, due_in = outcomes.reserve(
                             connection, self._settings, self._names, self._due_since, room
                         )
@@ -283,10 +284,10 @@ class Consumer:
 
     def _take_over(self, reserved: list[Reservation], keeper: Keeper) -> None:
         self._telemetry.count("reserved", len(reserved))
-        for reservation in reserved:
-            held = Held(reservation, self._settings.reservation_timeout)
-            keeper.keep(held)
-            self._waiting.append(held)
+        timeout = self._settings.reservation_timeout
+        helds = [Held(reservation, timeout) for reservation in reserved]
+        keeper.keep(*helds)
+        self._waiting += helds
         self._hand_out(keeper)
 
     def _hand_out(self, keeper: Keeper) -> None:
@@ -314,26 +315,31 @@ class Consumer:
                 self._take(event, keeper)
                 event = self._events.get_nowait()
 
-    def _take(self, event: _Event | Held, keeper: Keeper) -> None:
+    def _take(self, event: _Event | Sequence[Held], keeper: Keeper) -> None:
         if event is _Event.STOP:
             self._stops += 1
-        elif isinstance(event, Held):
-            bundle = event.bundle
-            if bundle is None or not bundle.left:
-                return
-            if event in self._running:
-                self._running.discard(event)
-                keeper.forget(event)
-                self._processed += event.processed
-                bundle.left.discard(event)
-                if not event.abandoned and not bundle.left:
-                    self._busy -= 1
-                    bundle.part()
-            # Also when it was heard of before it was given up: its worker leaves the rest undone.
-            if event.abandoned:
-                self._replace(event, keeper)
+        elif not isinstance(event, _Event):
+            keeper.forget(*event)
+            for held in event:
+                self._take_done(held, keeper)
             if not self._stops:
                 self._hand_out(keeper)
+
+    def _take_done(self, held: Held, keeper: Keeper) -> None:
+        """It is done, or given up."""
+        bundle = held.bundle
+        if bundle is None or not bundle.left:
+            return
+        if held in self._running:
+            self._running.discard(held)
+            self._processed += held.processed
+            bundle.left.discard(held)
+            if not held.abandoned and not bundle.left:
+                self._busy -= 1
+                bundle.part()
+        # Also when it was heard of before it was given up: its worker leaves the rest undone.
+        if held.abandoned:
+            self._replace(held, keeper)
 
     def _replace(self, abandoned: Held, keeper: Keeper) -> None:
         """Do without a worker that hangs, and give the rest of what it had to another."""
@@ -384,8 +390,7 @@ class Consumer:
 
     def _give_back(self, helds: Iterable[Held], keeper: Keeper) -> None:
         left = list(helds)
-        for held in left:
-            keeper.forget(held)
+        keeper.forget(*left)
         # Twice, for a connection that the pool had kept may have broken meanwhile.
         for is_last in (False, True):
             if not left:

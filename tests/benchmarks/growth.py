@@ -98,7 +98,7 @@ class _Growth:
         def rates(phase: str) -> None:
             for variant, samples in found.items():
                 job = _job(url)
-                job["floor"] = variant != ""
+                job["due_since"] = variant != ""
                 samples[phase] = [self._measure(job, plan.grown_clients, plan.held_seconds / 20)]
 
         rates("before")

@@ -182,10 +182,10 @@ def test_what_clients_count_is_what_the_database_has(
 
 
 def test_with_due_since_nothing_is_forgotten(url: str, clients: Clients) -> None:
-    """One client goes round: the floor of what it took is behind what becomes ready again."""
+    """One client goes round: what it took since then is behind what becomes ready again."""
     (subscription,) = add_subscription(url, "work")
     add_checkpoints(url, [subscription], 20, ready=20)
-    job = Job(work="psycopg", url=url, design="head", floor=True)
+    job = Job(work="psycopg", url=url, design="head", due_since=True)
     assert clients.calls(job, 100, warm_up=0) == [1] * 100
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import datetime, timedelta
+from datetime import datetime
+from operator import itemgetter
 from typing import Any, TypedDict
 
 import psycopg
@@ -15,12 +16,10 @@ from sqlalchemy import Connection, Engine, create_engine, make_url
 
 from checkpoints import Checkpoints, PositionUpdate, Reservation
 from checkpoints.runtime import Consumer
+from checkpoints.runtime._due_since import DueSince
 from tests.benchmarks.texts import GROUP, TIMEOUT, Text, texts
 
 __all__ = ["Job", "Step", "connect", "step_of"]
-
-_LATE = timedelta(milliseconds=200)
-_AGAIN_SECONDS = 1.0
 
 Step = Callable[[], int]
 """Does one transaction or cycle; how many checkpoints it really moved, 0 when there was none."""
@@ -37,8 +36,8 @@ class Job(TypedDict, total=False):
     """Whether the position goes up to the version, so that nothing is left to do."""
     handlers: int
     """How many handlers of a consumer share a transaction."""
-    floor: bool
-    """Whether `due_since` follows what was taken; see `_Floor`."""
+    due_since: bool
+    """Whether reserves pass over dead rows as a consumer's do."""
     crash_safe: bool
     """Whether a reservation's commit waits for the disk too, as that of the update always does."""
     seconds: float
@@ -82,16 +81,20 @@ def _psycopg(job: Job) -> Iterator[Step]:
         further = 0 if ending else 1
         takes_position = "position" in update.names
 
-        floor = _Floor(at["process_at"]) if job.get("floor", False) else None
+        since = DueSince() if job.get("due_since", False) else None
+
+        def look(due_since: datetime | None) -> list[Any]:
+            bound["reserve_due_since"] = due_since
+            return run(reserve, bound)
+
+        def taken() -> list[Any]:
+            if since is None:
+                return run(reserve, bound)
+            return since.take(look, itemgetter(at["process_at"]))
 
         def one() -> int:
             moved = 0
-            if floor is not None:
-                bound["reserve_due_since"] = floor.since()
-            rows = run(reserve, bound)
-            if floor is not None:
-                floor.took(rows)
-            for row in rows:
+            for row in taken():
                 values = {"id": row[id], "token": row[token]}
                 if takes_position:
                     values["position"] = row[position] + further
@@ -111,28 +114,6 @@ def _psycopg(job: Job) -> Iterator[Step]:
             return len(run(many, many.bound(**{key: values[key] for key in many.names})))
 
         yield one if batch == 1 else together
-
-
-class _Floor:
-    """Since when what is looked for has been due, so that a reservation passes over no dead rows.
-
-    A little before the newest that was taken, for others commit late; from the beginning again
-    when nothing is found, and now and then.
-    """
-
-    def __init__(self, process_at: int) -> None:
-        self._process_at = process_at
-        self._newest: datetime | None = None
-        self._again = 0.0
-
-    def since(self) -> datetime | None:
-        if time.monotonic() >= self._again:
-            self._again = time.monotonic() + _AGAIN_SECONDS
-            self._newest = None
-        return self._newest and self._newest - _LATE
-
-    def took(self, rows: Sequence[Sequence[Any]]) -> None:
-        self._newest = max((row[self._process_at] for row in rows), default=None)
 
 
 def _nobody(reserve: Text) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from sqlalchemy import text
+from psycopg import IsolationLevel
+from sqlalchemy import event, text
 
 from checkpoints import (
     CheckpointRecord,
@@ -53,6 +54,30 @@ def test_the_writes_of_a_handler_and_the_position_commit_together(bench: Bench) 
             )
         ).scalar()
     assert same == 2
+
+
+@pytest.mark.parametrize(
+    ("default", "autocommits"), [("read committed", True), ("repeatable read", False)]
+)
+def test_a_reserve_is_a_transaction_by_itself_unless_the_default_is_stricter(
+    bench: Bench, default: str, autocommits: bool
+) -> None:
+    """Without BEGIN and COMMIT it is one way to the server instead of three."""
+    bench.fill("account-1")
+    escaped = default.replace(" ", "\\ ")
+    options = {"options": f"-c default_transaction_isolation={escaped}"}
+    runner = bench.consumer(write, engine={"connect_args": options})
+    found: dict[str, tuple[bool, IsolationLevel | None]] = {}
+
+    def executed(connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        driver = connection.connection.driver_connection
+        found[statement] = (driver.autocommit, driver.isolation_level)
+
+    event.listen(runner.sync_engine, "before_cursor_execute", executed)
+    assert runner.drain() == 1
+    reserves = {how for statement, how in found.items() if "reserve_claimed" in statement}
+    assert reserves == {(autocommits, None if autocommits else IsolationLevel.READ_COMMITTED)}
+    assert [now for statement, (now, _) in found.items() if "INTO notes" in statement] == [False]
 
 
 def test_the_position_that_a_handler_answers_is_where_the_next_begins(bench: Bench) -> None:

@@ -426,21 +426,17 @@ def test_a_task_cancelled_while_it_reserves_gives_back_what_it_reserved(
     bench.fill("account-1", "account-2")
     runner = bench.consumer(write, batch=2, listen=False)
     assert isinstance(runner, AsyncRunner)
-    reserving: set[Any] = set()
+    reserved_by: list[Any] = []
 
     def executed(connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         if "reserve_claimed" in statement:
-            reserving.add(connection)
-
-    def committing(connection: Any) -> None:
-        if connection in reserving:
+            reserved_by.append(connection)
             future.cancel()
 
-    event.listen(runner.sync_engine, "before_cursor_execute", executed)
-    event.listen(runner.sync_engine, "commit", committing)
+    event.listen(runner.sync_engine, "after_cursor_execute", executed)
     future = runner.start()
     until(lambda: future.done() and not runner.tasks())
-    assert reserving
+    assert reserved_by
     assert (reserved(bench), bench.notes()) == (0, [])
     bench.close()
 

@@ -11,7 +11,7 @@ from sqlalchemy import Connection, create_engine, event, text
 
 from checkpoints import Reservation, reserve_next_available_checkpoint, schedule_checkpoints
 from checkpoints.runtime import Consumer
-from checkpoints.runtime._outcomes import DueSince
+from checkpoints.runtime._due_since import DueSince
 from tests.support.databases import disposed
 from tests.support.factories import (
     GROUP,
@@ -28,47 +28,66 @@ from tests.support.factories import (
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     now = [100.0]
     fake = SimpleNamespace(monotonic=lambda: now[0])
-    monkeypatch.setattr("checkpoints.runtime._outcomes.time", fake)
+    monkeypatch.setattr("checkpoints.runtime._due_since.time", fake)
     return now
 
 
-@pytest.fixture
-def reservation(connection: Connection) -> Reservation:
-    add_checkpoint(connection, add_subscription(connection), process_at=LONG_AGO)
-    return reserve(connection)
+class Reserves:
+    """Stands for a reserve that takes some seconds, and finds these."""
+
+    def __init__(self, clock: list[float], seconds: float = 0.001) -> None:
+        self.found = [LONG_AGO]
+        self.looked: list[datetime | None] = []
+        self._clock = clock
+        self._seconds = seconds
+
+    def __call__(self, due_since: datetime | None) -> list[datetime]:
+        self.looked.append(due_since)
+        self._clock[0] += self._seconds
+        return [one for one in self.found if due_since is None or one >= due_since]
+
+    def take(self, since: DueSince) -> list[datetime]:
+        return since.take(self, lambda one: one)
 
 
-def test_it_looks_since_a_little_before_the_oldest_it_took_and_for_all_now_and_then(
-    clock: list[float], reservation: Reservation
+A_LITTLE = timedelta(milliseconds=200)
+
+
+def test_it_looks_since_a_little_before_the_oldest_it_took(clock: list[float]) -> None:
+    since, reserves = DueSince(), Reserves(clock)
+    reserves.found = [LONG_AGO, LONG_AGO + MINUTE]
+    for _ in range(2):
+        assert reserves.take(since) == reserves.found
+    assert reserves.looked == [None, LONG_AGO - A_LITTLE]
+
+
+def test_all_is_looked_for_when_nothing_is_due_since_then(clock: list[float]) -> None:
+    since, reserves = DueSince(), Reserves(clock)
+    reserves.take(since)
+    reserves.found = [LONG_AGO - MINUTE]
+    assert reserves.take(since) == reserves.found
+    assert reserves.looked == [None, LONG_AGO - A_LITTLE, None]
+    assert reserves.take(since) == reserves.found
+    assert reserves.looked[-1] == LONG_AGO - MINUTE - A_LITTLE
+    reserves.found = []
+    assert reserves.take(since) == []
+    assert reserves.looked[-1] is None
+
+
+@pytest.mark.parametrize(
+    ("took", "pause"), [(0.001, 0.5), (0.025, 0.5), (0.1, 2.0), (1.0, 20.0), (60.0, 30.0)]
+)
+def test_looking_for_all_takes_no_more_than_a_twentieth_of_the_time(
+    clock: list[float], took: float, pause: float
 ) -> None:
-    since = DueSince()
-    assert since.next() is None
-    since.took([reservation])
-    assert since.next() == LONG_AGO - timedelta(milliseconds=200)
-    clock[0] += 0.4
-    assert since.next() == LONG_AGO - timedelta(milliseconds=200)
-    clock[0] += 0.2
-    assert since.next() is None
-    assert since.next() == LONG_AGO - timedelta(milliseconds=200)
-
-
-def test_it_goes_back_when_it_took_an_older_one(
-    clock: list[float], reservation: Reservation
-) -> None:
-    assert clock
-    since = DueSince()
-    since.next()
-    since.took([reservation])
-    older = LONG_AGO - timedelta(days=1)
-    since.took([_at(reservation, LONG_AGO), _at(reservation, older)])
-    assert since.next() == older - timedelta(milliseconds=200)
-
-
-def _at(reservation: Reservation, process_at: datetime) -> Reservation:
-    return Reservation(
-        **{name: getattr(reservation, name) for name in Reservation.__slots__}
-        | {"process_at": process_at}
-    )
+    since, reserves = DueSince(), Reserves(clock, took)
+    reserves.take(since)
+    quick = Reserves(clock, 0)
+    clock[0] += pause - 0.01
+    quick.take(since)
+    clock[0] += 0.02
+    quick.take(since)
+    assert quick.looked == [LONG_AGO - A_LITTLE, None]
 
 
 def test_when_nothing_is_due_since_then_all_is_looked_for(connection: Connection) -> None:
