@@ -14,7 +14,7 @@ from checkpoints.errors import ReservationLost, ReservationsLost
 from checkpoints.runtime import _outcomes as outcomes
 from checkpoints.runtime._async_held import AsyncHeld
 from checkpoints.runtime._held import Bundle
-from checkpoints.runtime._outage import Backoff, OutageLog, is_outage, is_passing
+from checkpoints.runtime._outage import Backoff, OutageLog, is_outage
 from checkpoints.runtime._outcomes import Attempt, Failure
 from checkpoints.runtime._tasks import uninterrupted
 from checkpoints.runtime.settings import ConsumerSettings, OutsideTransaction
@@ -290,7 +290,7 @@ class AsyncWorker:
 
     async def _record(self, held: AsyncHeld, failure: Failure) -> bool:
         """End the reservation with an error: another attempt later, or failed; False: not now."""
-        group = self._settings.group
+        failed: Exception | None = None
         try:
             async with self._own.connect() as connection, held.lock:
                 held.check()
@@ -302,15 +302,10 @@ class AsyncWorker:
         except ReservationLost:
             raise
         except Exception as error:
-            if is_passing(error):
-                if is_outage(error):
-                    self._outage.away(error)
-                return False
-            held.end()
-            outcomes.log_unrecorded(group, held.reservation, failure, error)
-        else:
-            outcomes.log_failure(self._telemetry, group, held.reservation, failure)
-        return True
+            failed = error
+        return outcomes.after_recording(
+            self._telemetry, self._outage, self._settings.group, held, failure, failed
+        )
 
 
 async def _in_a_task(helds: Sequence[AsyncHeld], work: Coroutine[Any, Any, _T]) -> _T:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from socket import SHUT_RDWR, socket
 from typing import Any, Generic, Self, TypeVar
@@ -92,17 +92,22 @@ class Held(Holding):
         super().__init__(reservation, reservation_timeout)
         self.lock = threading.Lock()
         self.worker: threading.Thread | None = None
-        self._over = threading.Event()
+        self._ended: threading.Event | None = None
         self._guard = threading.Lock()
         self._connection: Connection | None = None
 
     def end(self) -> None:
         super().end()
-        self._over.set()
+        if self._ended is not None:
+            self._ended.set()
 
     def wait(self, seconds: float) -> None:
         """Wait, but no longer than the token is of use."""
-        self._over.wait(seconds)
+        # Made here, for most are never waited with. Whichever of this and `end` comes second sees
+        # what the first has set.
+        self._ended = threading.Event()
+        if not self.over:
+            self._ended.wait(seconds)
 
     def use(self, connection: Connection | None) -> None:
         """The connection that the handler works on now; None before it goes back to the pool."""
@@ -131,6 +136,20 @@ class Held(Holding):
                 sever(connection)
         finally:
             self.lock.release()
+
+
+@contextmanager
+def locked(helds: Iterable[Held]) -> Iterator[None]:
+    """Nobody else uses or changes the tokens."""
+    taken = []
+    try:
+        for held in helds:
+            held.lock.acquire()
+            taken.append(held.lock)
+        yield
+    finally:
+        for lock in taken:
+            lock.release()
 
 
 HeldT = TypeVar("HeldT", bound=Holding)

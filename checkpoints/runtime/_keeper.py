@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from sqlalchemy import Connection, Engine
 
@@ -28,7 +28,7 @@ class Keeper(threading.Thread):
         worker: Worker,
         telemetry: Telemetry,
         outage: OutageLog,
-        on_abandoned: Callable[[Held], None],
+        on_abandoned: Callable[[Sequence[Held]], None],
     ) -> None:
         super().__init__(name=f"checkpoints-keeper-{settings.group}", daemon=True)
         self._engine = engine
@@ -44,15 +44,15 @@ class Keeper(threading.Thread):
         self._third = settings.reservation_timeout.total_seconds() / 3
         self._extends_running: bool | None = None
 
-    def keep(self, held: Held) -> None:
-        """Extend this reservation until it is over or forgotten."""
+    def keep(self, *helds: Held) -> None:
+        """Extend these reservations until they are over or forgotten."""
         with self._guard:
-            self._kept.add(held)
+            self._kept.update(helds)
 
-    def forget(self, held: Held) -> None:
-        """Look after it no more."""
+    def forget(self, *helds: Held) -> None:
+        """Look after them no more."""
         with self._guard:
-            self._kept.discard(held)
+            self._kept.difference_update(helds)
 
     def stop(self) -> None:
         """End soon."""
@@ -98,7 +98,7 @@ class Keeper(threading.Thread):
                 held.sever()
                 if held.over or self._worker.give_up(held):
                     held.abandoned = True
-                    self._on_abandoned(held)
+                    self._on_abandoned((held,))
 
     # --- extending
 

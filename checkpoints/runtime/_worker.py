@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from sqlalchemy import Connection, Engine
 
 from checkpoints.errors import ReservationLost, ReservationsLost
 from checkpoints.runtime import _outcomes as outcomes
-from checkpoints.runtime._held import Bundle, Held
-from checkpoints.runtime._outage import Backoff, OutageLog, is_outage, is_passing
+from checkpoints.runtime._held import Bundle, Held, locked
+from checkpoints.runtime._outage import Backoff, OutageLog, is_outage
 from checkpoints.runtime._outcomes import Attempt, Failure
 from checkpoints.runtime.settings import ConsumerSettings, OutsideTransaction
 from checkpoints.runtime.telemetry import Telemetry
@@ -60,10 +59,10 @@ class Worker:
             if not held.abandoned:
                 held.end()
 
-    def process_all(self, bundle: Bundle[Held]) -> Iterator[Held]:
-        """Run the handlers of a bundle; each of it, when it is done."""
+    def process_all(self, bundle: Bundle[Held]) -> Iterator[Sequence[Held]]:
+        """Run the handlers of a bundle; those of it that are done, as soon as they are."""
         if len(bundle.helds) > 1 and self._process_together(bundle.helds):
-            yield from bundle.helds
+            yield bundle.helds
             return
         for held in bundle.helds:
             if bundle.is_given_up:
@@ -71,7 +70,7 @@ class Worker:
             # It may have been lost, or its error recorded, when it ran with the others.
             if not held.over:
                 self.process(held)
-            yield held
+            yield (held,)
 
     def _process_together(self, helds: Sequence[Held]) -> bool:
         """Run handlers one after the other, and commit for all or for none; whether for all."""
@@ -135,9 +134,7 @@ class Worker:
     def _complete_together(
         self, connection: Connection, helds: Sequence[Held], positions: Sequence[int | None]
     ) -> None:
-        with ExitStack() as locks:
-            for held in helds:
-                locks.enter_context(held.lock)
+        with locked(helds):
             for held in helds:
                 held.check()
             outcomes.update_many(connection, helds, positions, self._settings)
@@ -230,7 +227,7 @@ class Worker:
 
     def _record(self, held: Held, failure: Failure, *, wait: bool) -> bool:
         """End the reservation with an error: another attempt later, or failed; False: not now."""
-        group = self._settings.group
+        failed: Exception | None = None
         try:
             with self._own.connect() as connection:
                 if not held.lock.acquire(blocking=wait):
@@ -245,12 +242,7 @@ class Worker:
         except ReservationLost:
             raise
         except Exception as error:
-            if is_passing(error):
-                if is_outage(error):
-                    self._outage.away(error)
-                return False
-            held.end()
-            outcomes.log_unrecorded(group, held.reservation, failure, error)
-        else:
-            outcomes.log_failure(self._telemetry, group, held.reservation, failure)
-        return True
+            failed = error
+        return outcomes.after_recording(
+            self._telemetry, self._outage, self._settings.group, held, failure, failed
+        )

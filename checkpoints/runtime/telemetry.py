@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 
 from sqlalchemy import Engine
@@ -26,6 +26,8 @@ __all__ = ["Telemetry", "logger", "observe_lag"]
 
 # Nothing was configured that could take a span.
 _NOT_TRACING = () if trace is None else (trace.ProxyTracerProvider, trace.NoOpTracerProvider)
+
+_NO_SPAN = nullcontext()
 
 logger = logging.getLogger("checkpoints")
 
@@ -92,9 +94,10 @@ class Telemetry:
 
     def processed(self, reservation: Reservation, took: float, latency: float) -> None:
         """A checkpoint was processed; the seconds since its handler began, and since it was due."""
-        self.count("processed", 1, reservation.subscription_name)
-        if self._latency is not None:
+        if trace is not None:
             attributes = self._attributes(reservation.subscription_name)
+            with suppress(Exception):
+                self._counters["processed"].add(1, attributes)
             self._latency.record(latency, attributes)
             self._duration.record(took, attributes)
 
@@ -106,13 +109,15 @@ class Telemetry:
             span.record_exception(error)
             span.set_status(trace.StatusCode.ERROR)
 
-    @contextmanager
-    def span(self, reservation: Reservation) -> Iterator[None]:
+    def span(self, reservation: Reservation) -> AbstractContextManager[None]:
         """A span around the handler and the update of the position."""
         # Asked each time: the application may configure tracing after it made the consumer.
         if trace is None or isinstance(trace.get_tracer_provider(), _NOT_TRACING):
-            yield
-            return
+            return _NO_SPAN
+        return self._span(reservation)
+
+    @contextmanager
+    def _span(self, reservation: Reservation) -> Iterator[None]:
         stack = ExitStack()
         # Tracing that fails must not keep the handler from its work.
         with suppress(Exception):
