@@ -377,6 +377,8 @@ class Consumer:
             for held in running:
                 outcomes.log_given_up(self._settings.group, held.reservation)
                 held.abandoned = True
+                # What its worker says of it later is of a run that is over.
+                held.bundle = None
                 held.cancel()
                 held.sever()
             self._give_back(running, keeper)

@@ -214,6 +214,27 @@ def test_it_works_again_after_handlers_were_given_up(bench: Bench) -> None:
     assert sorted(bench.notes()) == [f"account-{number}" for number in range(8)]
 
 
+def test_a_handler_given_up_that_ends_in_the_next_run_is_nothing_to_that(bench: Bench) -> None:
+    """Its slot is of a run that is over."""
+    bench.fill(*(f"account-{number}" for number in range(8)))
+    gate = Gate()
+    runner = bench.consumer(gate, grace=HOUR)
+    future = runner.start()
+    until(lambda: reserved(bench) == 4)
+    workers = {t for t in threading.enumerate() if t.name.startswith("checkpoints-worker")}
+    assert gate.started.wait(10)
+    runner.stop()
+    runner.stop()
+    future.result(10)
+    bench.execute("UPDATE checkpoints.subscriptions SET status = 'paused'")
+    with runner.statements() as executed, runner.running():
+        until(lambda: any("reserve_claimed" in one for one in list(executed)), "it looks for work")
+        gate.go_on.set()
+        until(lambda: not any(worker.is_alive() for worker in workers), "threads end")
+        bench.execute("UPDATE checkpoints.subscriptions SET status = 'active'")
+        until(lambda: len(bench.notes()) == 8, "all are processed")
+
+
 @pytest.mark.parametrize("method", ["drain", "run", "run_once"])
 def test_it_runs_once_at_a_time(bench: Bench, method: str) -> None:
     bench.fill("account-1")
