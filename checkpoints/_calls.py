@@ -264,6 +264,7 @@ def get_next_process_at(
     *,
     replay_mode: ReplayMode = ReplayMode.ALL,
     subscription_names: Iterable[str] | None = None,
+    due_since: datetime | None = None,
 ) -> Call[timedelta | None]:
     """How long until the next checkpoint of a group is due; None: nothing is ready.
 
@@ -275,7 +276,10 @@ def get_next_process_at(
 
     return Call(
         statements.get_next_process_at(
-            group_name, replay_mode=replay_mode, subscription_names=subscription_names
+            group_name,
+            replay_mode=replay_mode,
+            subscription_names=subscription_names,
+            due_since=due_since,
         ),
         due_in,
     )

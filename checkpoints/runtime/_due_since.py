@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from typing import TypeVar
 
@@ -11,43 +11,80 @@ T = TypeVar("T")
 
 _COMMITTED_LATE = timedelta(milliseconds=200)
 
-# Between two looks for all, in seconds; and in times of what the last one took, so that looking
-# takes no more than a twentieth of the time.
-_OFTEN = 0.5
-_LONGEST = 30.0
+# How often to look further back while there is enough to do, in seconds.
+_LATE_OFTEN = 0.05
+_ALL_OFTEN = 0.5
+# Looking further back takes no more than a twentieth of the time, if need be.
 _TIMES = 20
+_LONGEST = 30.0
 
 
 class DueSince:
     """Since when to look: since the oldest that was taken the last time.
 
-    What was taken before that leaves dead rows at the head of the index, which cannot be removed
-    while any transaction in the database is open. Now and then all are looked for: what is
-    released, scheduled for a time that is past, or resumed lies before. How often depends on how
-    long that takes, since it walks past all of the dead rows.
+    What was taken before leaves dead rows at the head of the index, which cannot be removed while
+    any transaction in the database is open, and are walked past by whoever looks from the
+    beginning. Now and then it looks back a little, for what transactions that began before, and
+    committed later, have made ready; and for all: what is released, scheduled for a time that is
+    past, or resumed lies anywhere. How often depends on how long that takes.
     """
 
     def __init__(self) -> None:
         self._moment: datetime | None = None
-        self._looks_for_all_at = 0.0
+        self._late = _Pace(_LATE_OFTEN)
+        self._all = _Pace(_ALL_OFTEN)
+        self.looked: datetime | None = None
+        """Since when it has looked the last time (None: for all)."""
 
     def take(
-        self, reserve: Callable[[datetime | None], list[T]], process_at: Callable[[T], datetime]
+        self,
+        reserve: Callable[[datetime | None], list[T]],
+        process_at: Callable[[T], datetime],
+        *,
+        surely: bool,
     ) -> list[T]:
-        """Reserve what is due since then, and all when that is nothing, or it is time for it.
+        """Reserve what is due since then; look further back when that is nothing.
 
-        `reserve` is given the moment (None: all), `process_at` says when one was due.
+        `reserve` is given the moment (None: all), `process_at` says when one was due. `surely`:
+        answer nothing only after a look for all; else `until_all` says when that may be.
         """
-        due_since = None if time.monotonic() >= self._looks_for_all_at else self._moment
-        while True:
+        for since, pace in self._looks(surely=surely):
             begun = time.monotonic()
-            reserved = reserve(due_since)
-            if due_since is None:
-                now = time.monotonic()
-                self._looks_for_all_at = now + min(max(_OFTEN, _TIMES * (now - begun)), _LONGEST)
+            reserved = reserve(since)
+            if pace is not None:
+                pace.looked(time.monotonic() - begun)
+            self.looked = since
             if reserved:
-                # Transactions that began before, and commit later, may make older ones ready.
-                self._moment = min(map(process_at, reserved)) - _COMMITTED_LATE
-            if reserved or due_since is None:
+                self._moment = min(map(process_at, reserved))
                 return reserved
-            due_since = None
+        return []
+
+    def until_all(self) -> timedelta:
+        """How long until it may look for all again, when there is nothing else to do."""
+        return timedelta(seconds=max(0.001, self._all.idle_at - time.monotonic()))
+
+    def _looks(self, *, surely: bool) -> Iterator[tuple[datetime | None, _Pace | None]]:
+        """Where to look, one after the other until something is found."""
+        now = time.monotonic()
+        if self._moment is not None and now < self._all.busy_at:
+            if now < self._late.busy_at:
+                yield self._moment, None
+            yield self._moment - _COMMITTED_LATE, self._late
+            if not surely and time.monotonic() < self._all.idle_at:
+                return
+        yield None, self._all
+
+
+class _Pace:
+    """When it is time to look again: with something to do, and without."""
+
+    def __init__(self, often: float) -> None:
+        self._often = often
+        self.busy_at = self.idle_at = 0.0
+
+    def looked(self, seconds: float) -> None:
+        """It was done now, and took so long."""
+        now = time.monotonic()
+        wait = min(_TIMES * seconds, _LONGEST)
+        self.idle_at = now + wait
+        self.busy_at = now + max(wait, self._often)

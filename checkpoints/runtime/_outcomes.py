@@ -209,8 +209,9 @@ def reserve(
     names: Collection[str] | None,
     since: DueSince,
     limit: int,
+    goal: Goal,
 ) -> tuple[list[Reservation], timedelta | None]:
-    """Reserve, and commit; when nothing is to be had, say when the next is due."""
+    """Reserve, and commit; when nothing is to be had, say when to look again (None: not known)."""
     # A stricter level gains nothing but conflicts. A statement by itself has the server's default,
     # and needs no BEGIN and COMMIT, which would be two more ways to the server.
     by_itself = connection.default_isolation_level == "READ COMMITTED"
@@ -230,11 +231,18 @@ def reserve(
         )
 
     due_in = None
-    reserved = since.take(look, attrgetter("process_at"))
+    # One that ends when nothing is due must know; one that goes on finds it a little later.
+    reserved = since.take(look, attrgetter("process_at"), surely=goal is not Goal.NEVER)
     if not reserved:
         due_in = checkpoints.get_next_process_at(
-            settings.group, replay_mode=settings.replay_mode, subscription_names=names
+            settings.group,
+            replay_mode=settings.replay_mode,
+            subscription_names=names,
+            due_since=since.looked,
         )
+        if since.looked is not None:
+            again = since.until_all()
+            due_in = again if due_in is None or due_in > again else due_in
     connection.commit()
     return reserved, due_in
 

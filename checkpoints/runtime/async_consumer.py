@@ -203,7 +203,7 @@ class AsyncConsumer:
                             )
                         checked = True
                         listen()
-                    reserving = asyncio.create_task(self._reserve(room))
+                    reserving = asyncio.create_task(self._reserve(room, goal))
                     reserved, due_in = await uninterrupted(reserving)
                 except Exception as error:
                     if not is_passing(error):
@@ -225,11 +225,11 @@ class AsyncConsumer:
                         continue
             await wait(self._woken, seconds)
 
-    async def _reserve(self, limit: int) -> tuple[bool, timedelta | None]:
+    async def _reserve(self, limit: int, goal: Goal) -> tuple[bool, timedelta | None]:
         """Reserve, to hand out or give back; when nothing is to be had, when the next is due."""
         async with self._engine.connect() as connection:
             reserved, due_in = await connection.run_sync(
-                outcomes.reserve, self._settings, self._names, self._due_since, limit
+                outcomes.reserve, self._settings, self._names, self._due_since, limit, goal
             )
         self._telemetry.count("reserved", len(reserved))
         for reservation in reserved:

@@ -259,7 +259,7 @@ class Consumer:
                         listen()
                     with self._engine.connect() as connection:
                         reserved, due_in = outcomes.reserve(
-                            connection, self._settings, self._names, self._due_since, room
+                            connection, self._settings, self._names, self._due_since, room, goal
                         )
                 except Exception as error:
                     if not is_passing(error):

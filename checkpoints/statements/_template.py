@@ -152,7 +152,7 @@ def oldest_of_subscription(
     time: Column[Any],
     subscription_id: ColumnElement[int],
     *,
-    since: ColumnElement[datetime] = LONG_AGO,
+    since: ColumnElement[datetime] | ColumnElement[datetime | None] = LONG_AGO,
     until: ColumnElement[datetime] = FAR_AHEAD,
 ) -> Select[int]:
     """The rows of a subscription in a hot table, the oldest first.

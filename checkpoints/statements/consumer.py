@@ -103,9 +103,13 @@ def reserve_next_available_checkpoint(
         reserve_group_name=arguments.name("group_name", group_name),
         reserve_timeout=arguments.timeout("reservation_timeout", reservation_timeout),
         **names,
-        reserve_due_since=None if due_since is None else arguments.moment("due_since", due_since),
+        reserve_due_since=_due_since(due_since),
         reserve_limit=arguments.limit("limit", limit),
     )
+
+
+def _due_since(due_since: datetime | None) -> datetime | None:
+    return None if due_since is None else arguments.moment("due_since", due_since)
 
 
 def _names(prefix: str, subscription_names: Iterable[str] | None) -> dict[str, list[str]]:
@@ -203,10 +207,12 @@ def get_next_process_at(
     *,
     replay_mode: ReplayMode = ReplayMode.ALL,
     subscription_names: Iterable[str] | None = None,
+    due_since: datetime | None = None,
 ) -> Select[int, datetime, timedelta]:
     """When the next checkpoint that `reserve_next_available_checkpoint` would take is due.
 
-    For a consumer that found nothing, to sleep no longer than that. Locks nothing.
+    For a consumer that found nothing, to sleep no longer than that. `due_since`: what was due
+    before is not looked for (None: all is), as by the reserve that found nothing. Locks nothing.
 
     Rows: id, process_at, due_in (from now, by the database's clock; negative: it is due, and
     others hold it). No row: nothing is ready.
@@ -217,14 +223,18 @@ def get_next_process_at(
             arguments.member("replay_mode", replay_mode, ReplayMode), named=bool(names)
         ),
         next_group_name=arguments.name("group_name", group_name),
+        next_due_since=_due_since(due_since),
         **names,
     )
 
 
 @cache
 def _next_process_at(replay_mode: ReplayMode, *, named: bool) -> Select[int, datetime, timedelta]:
+    since = func.coalesce(template.timestamp("next_due_since"), template.LONG_AGO)
     oldest = (
-        template.oldest_of_subscription(checkpoints_ready.c.process_at, subscriptions.c.id)
+        template.oldest_of_subscription(
+            checkpoints_ready.c.process_at, subscriptions.c.id, since=since
+        )
         .add_columns(checkpoints_ready.c.process_at)
         .limit(literal_column("1", Integer()))
         .lateral("oldest")
@@ -336,27 +346,24 @@ def update_checkpoint_positions(updates: Iterable[PositionUpdate]) -> Select[int
         TypeError, ValueError: an update is not a `PositionUpdate`, or a checkpoint is there twice.
     """
     given = arguments.instances("updates", updates, PositionUpdate)
-    seen: set[int] = set()
-    for index, position in enumerate(given):
-        if position.id in seen:
-            raise ValueError(
-                f"updates[{index}] must be another checkpoint: {position.id!r} is there twice"
-            )
-        seen.add(position.id)
-    dues = [template.due(position.process_at) for position in given]
+    ids = [update.id for update in given]
+    if len(set(ids)) < len(ids):
+        index, id = next((n, id) for n, id in enumerate(ids) if id in ids[:n])
+        raise ValueError(f"updates[{index}] must be another checkpoint: {id!r} is there twice")
+    # Null for an array of nothing else: beside longer arrays `unnest` gives nulls for it.
+    moments: list[datetime | None] | None = None
+    delays: list[timedelta | None] | None = None
+    if any(update.process_at is not None for update in given):
+        dues = [template.due(update.process_at) for update in given]
+        moments, delays = [moment for moment, _ in dues], [delay for _, delay in dues]
     return template.bind(
         _update_many(),
-        update_many_ids=[position.id for position in given],
-        update_many_reserved_until=[position.reserved_until for position in given],
-        update_many_stream_positions=[position.stream_position for position in given],
-        update_many_process_at=_unless_all_null([moment for moment, _ in dues]),
-        update_many_process_in=_unless_all_null([delay for _, delay in dues]),
+        update_many_ids=ids,
+        update_many_reserved_until=[update.reserved_until for update in given],
+        update_many_stream_positions=[update.stream_position for update in given],
+        update_many_process_at=moments,
+        update_many_process_in=delays,
     )
-
-
-def _unless_all_null(values: list[Any]) -> list[Any] | None:
-    """Null for an array of nothing else: beside longer arrays `unnest` gives nulls for it."""
-    return None if all(value is None for value in values) else values
 
 
 @cache

@@ -34,7 +34,8 @@ _HANDLERS = 100
 class Ours:
     """This toolkit: by its statements, or by its `Consumer`.
 
-    A drain has 4 threads a process, and one where handlers share transactions.
+    A drain by a consumer has 4 threads a process, and 2 where handlers share transactions. One by
+    statements has 2 with one process, so that the server is not idle, and else one.
     """
 
     clients: Clients
@@ -77,7 +78,7 @@ class Ours:
         vacuum(url)
 
     def drain(self, url: str, count: int, processes: int, batch: int) -> float:
-        work = "consumer" if self.consumer else "toolkit"
+        work = "consumer" if self.consumer else "threads" if processes == 1 else "toolkit"
         job = self._job(work, url, batch)
         drained = self.clients.drain(job, processes, limit=self.longest)
         if drained.done < count and drained.seconds >= 0.9 * self.longest:

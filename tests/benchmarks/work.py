@@ -6,7 +6,8 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from operator import itemgetter
 from typing import Any, TypedDict
@@ -90,7 +91,7 @@ def _psycopg(job: Job) -> Iterator[Step]:
         def taken() -> list[Any]:
             if since is None:
                 return run(reserve, bound)
-            return since.take(look, itemgetter(at["process_at"]))
+            return since.take(look, itemgetter(at["process_at"]), surely=True)
 
         def one() -> int:
             moved = 0
@@ -161,6 +162,22 @@ def _toolkit(job: Job) -> Iterator[Step]:
 
 
 @contextmanager
+def _threads(job: Job) -> Iterator[Step]:
+    """The toolkit in two threads, so that one works while the other waits; a step drains all."""
+    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+        steps = [stack.enter_context(_toolkit(job)) for _ in range(2)]
+
+        def drain_one(step: Step) -> int:
+            ends = time.monotonic() + job["seconds"]
+            done = 0
+            while time.monotonic() < ends and (moved := step()):
+                done += moved
+            return done
+
+        yield lambda: sum(pool.map(drain_one, steps))
+
+
+@contextmanager
 def _transactions(job: Job) -> Iterator[Step]:
     """The toolkit as its pages show it: `engine.begin()` around each statement."""
     batch, ending = job.get("batch", 1), job.get("ending", False)
@@ -182,9 +199,9 @@ def _transactions(job: Job) -> Iterator[Step]:
 @contextmanager
 def _consumer(job: Job) -> Iterator[Step]:
     """A consumer with a handler that does nothing; a step drains all that is due."""
-    # Handlers that do nothing wait for nothing: where they share a transaction one thread has work
-    # for all of the interpreter.
-    concurrency = 1 if job.get("handlers", 1) > 1 else min(4, job["batch"])
+    # Where handlers that wait for nothing share a transaction, one thread works in Python while the
+    # other waits for the server; more are in each other's way.
+    concurrency = 2 if job.get("handlers", 1) > 1 else min(4, job["batch"])
     with _consuming(job, lambda: None, concurrency=concurrency) as consumer:
 
         def drain() -> int:
@@ -295,6 +312,7 @@ def _record(job: Job) -> Iterator[Step]:
 WORK: dict[str, Callable[[Job], contextlib.AbstractContextManager[Step]]] = {
     "psycopg": _psycopg,
     "toolkit": _toolkit,
+    "threads": _threads,
     "transactions": _transactions,
     "consumer": _consumer,
     "running consumer": _running,

@@ -11,9 +11,14 @@ from sqlalchemy import Connection, create_engine, event, text
 
 from checkpoints import Reservation, reserve_next_available_checkpoint, schedule_checkpoints
 from checkpoints.runtime import Consumer
+from checkpoints.runtime import _outcomes as outcomes
 from checkpoints.runtime._due_since import DueSince
+from checkpoints.runtime._outcomes import Goal
+from checkpoints.runtime.settings import ConsumerSettings
+from tests.runtime.consumers import Bench, Work, until
 from tests.support.databases import disposed
 from tests.support.factories import (
+    FAR_AHEAD,
     GROUP,
     LONG_AGO,
     MINUTE,
@@ -22,6 +27,8 @@ from tests.support.factories import (
     database_time,
     reserve,
 )
+
+HOUR = timedelta(hours=1)
 
 
 @pytest.fixture
@@ -35,59 +42,100 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 class Reserves:
     """Stands for a reserve that takes some seconds, and finds these."""
 
-    def __init__(self, clock: list[float], seconds: float = 0.001) -> None:
+    def __init__(self, clock: list[float], since: DueSince) -> None:
         self.found = [LONG_AGO]
+        self.seconds = 0.001
         self.looked: list[datetime | None] = []
         self._clock = clock
-        self._seconds = seconds
+        self._since = since
 
     def __call__(self, due_since: datetime | None) -> list[datetime]:
         self.looked.append(due_since)
-        self._clock[0] += self._seconds
+        self._clock[0] += self.seconds
         return [one for one in self.found if due_since is None or one >= due_since]
 
-    def take(self, since: DueSince) -> list[datetime]:
-        return since.take(self, lambda one: one)
+    def take(self, *, surely: bool = False) -> list[datetime | None]:
+        """Where it looked."""
+        self.looked.clear()
+        self._since.take(self, lambda one: one, surely=surely)
+        return list(self.looked)
 
 
-A_LITTLE = timedelta(milliseconds=200)
+A_LITTLE_BEFORE = LONG_AGO - timedelta(milliseconds=200)
 
 
-def test_it_looks_since_a_little_before_the_oldest_it_took(clock: list[float]) -> None:
-    since, reserves = DueSince(), Reserves(clock)
-    reserves.found = [LONG_AGO, LONG_AGO + MINUTE]
-    for _ in range(2):
-        assert reserves.take(since) == reserves.found
-    assert reserves.looked == [None, LONG_AGO - A_LITTLE]
+@pytest.fixture
+def reserves(clock: list[float]) -> Reserves:
+    made = Reserves(clock, DueSince())
+    assert made.take() == [None]
+    return made
 
 
-def test_all_is_looked_for_when_nothing_is_due_since_then(clock: list[float]) -> None:
-    since, reserves = DueSince(), Reserves(clock)
-    reserves.take(since)
-    reserves.found = [LONG_AGO - MINUTE]
-    assert reserves.take(since) == reserves.found
-    assert reserves.looked == [None, LONG_AGO - A_LITTLE, None]
-    assert reserves.take(since) == reserves.found
-    assert reserves.looked[-1] == LONG_AGO - MINUTE - A_LITTLE
+def test_it_looks_since_the_oldest_that_it_took(reserves: Reserves) -> None:
+    assert reserves.take() == [A_LITTLE_BEFORE]
+    reserves.found = [LONG_AGO + MINUTE, LONG_AGO + HOUR]
+    assert reserves.take() == [LONG_AGO]
+    assert reserves.take() == [LONG_AGO + MINUTE]
+    older = LONG_AGO - timedelta(milliseconds=1)
+    reserves.found = [LONG_AGO + HOUR, older]
+    assert reserves.take() == [LONG_AGO + MINUTE]
+    assert reserves.take() == [LONG_AGO + HOUR]
+
+
+def test_it_looks_back_a_little_now_and_then_and_for_all_more_rarely(
+    reserves: Reserves, clock: list[float]
+) -> None:
+    """What committed late lies a little before, what was released anywhere."""
+    looked = []
+    for _ in range(60):
+        looked += reserves.take()
+        clock[0] += 0.01
+    assert looked.count(None) == 1
+    assert 8 <= looked.count(A_LITTLE_BEFORE) <= 12
+    assert looked.count(LONG_AGO) == 60 - 1 - looked.count(A_LITTLE_BEFORE)
+
+
+def test_nothing_is_only_answered_after_a_look_for_all_where_that_must_be_known(
+    reserves: Reserves,
+) -> None:
+    reserves.take()
     reserves.found = []
-    assert reserves.take(since) == []
-    assert reserves.looked[-1] is None
+    assert reserves.take() == [LONG_AGO, A_LITTLE_BEFORE]
+    assert reserves.take(surely=True) == [LONG_AGO, A_LITTLE_BEFORE, None]
+
+
+def test_with_nothing_to_do_it_looks_for_all_at_once_unless_that_takes_long(
+    reserves: Reserves, clock: list[float]
+) -> None:
+    reserves.found = []
+    clock[0] += 0.02
+    assert reserves.take()[-1] is None
+    assert reserves.take()[-1] is not None
+    clock[0] += 0.02
+    assert reserves.take()[-1] is None
 
 
 @pytest.mark.parametrize(
-    ("took", "pause"), [(0.001, 0.5), (0.025, 0.5), (0.1, 2.0), (1.0, 20.0), (60.0, 30.0)]
+    ("took", "busy", "idle"),
+    [(0.001, 0.5, 0.02), (0.02, 0.5, 0.4), (0.1, 2.0, 2.0), (1.0, 20.0, 20.0), (60.0, 30.0, 30.0)],
 )
 def test_looking_for_all_takes_no_more_than_a_twentieth_of_the_time(
-    clock: list[float], took: float, pause: float
+    clock: list[float], took: float, busy: float, idle: float
 ) -> None:
-    since, reserves = DueSince(), Reserves(clock, took)
-    reserves.take(since)
-    quick = Reserves(clock, 0)
-    clock[0] += pause - 0.01
-    quick.take(since)
-    clock[0] += 0.02
-    quick.take(since)
-    assert quick.looked == [LONG_AGO - A_LITTLE, None]
+    since = DueSince()
+    reserves = Reserves(clock, since)
+    reserves.seconds = took
+    reserves.take()
+    reserves.seconds = 0
+    begun = clock[0]
+    clock[0] = begun + idle - 0.002
+    assert since.until_all() == pytest.approx(timedelta(seconds=0.002), abs=timedelta.resolution)
+    for found, seconds in (([], idle), ([LONG_AGO], busy)):
+        reserves.found = found
+        clock[0] = begun + seconds - 0.001
+        assert None not in reserves.take()
+    clock[0] = begun + busy + 0.001
+    assert reserves.take() == [None]
 
 
 def test_when_nothing_is_due_since_then_all_is_looked_for(connection: Connection) -> None:
@@ -114,6 +162,57 @@ def test_when_nothing_is_due_since_then_all_is_looked_for(connection: Connection
         "account-1",
         "account-2",
     )
+
+
+def test_a_consumer_that_runs_finds_what_lies_before_what_it_took(bench: Bench) -> None:
+    bench.fill("account-1", "account-2")
+    (late,) = bench.fill("account-3", process_at=FAR_AHEAD)
+
+    async def write(work: Work) -> None:
+        await work.write()
+
+    with bench.consumer(write).running():
+        until(lambda: len(bench.notes()) == 2)
+        with bench.engine.begin() as connection:
+            connection.execute(schedule_checkpoints([late], LONG_AGO))
+        until(lambda: len(bench.notes()) == 3)
+
+
+def test_a_consumer_that_runs_is_told_when_to_look_for_all_again(
+    clock: list[float], connection: Connection
+) -> None:
+    """Each time that it finds nothing would be too often where that takes long."""
+    subscription = add_subscription(connection)
+    add_checkpoint(connection, subscription, process_at=LONG_AGO)
+    add_checkpoint(connection, subscription, "late", process_at=FAR_AHEAD)
+    connection.commit()
+    since, settings = DueSince(), ConsumerSettings(group=GROUP)
+    looked: list[str] = []
+
+    def executed(_: Any, __: Any, sql: str, parameters: Any, *___: Any) -> None:
+        clock[0] += 0.1
+        (moment,) = [value for name, value in parameters.items() if name.endswith("due_since")]
+        looked.append(f"{'next' if 'due_in' in sql else 'reserve'} since {moment}")
+
+    event.listen(connection, "before_cursor_execute", executed)
+
+    def reserve(goal: Goal) -> tuple[int, timedelta | None]:
+        found, due_in = outcomes.reserve(connection, settings, None, since, 1, goal)
+        return len(found), due_in
+
+    a_little_before = LONG_AGO - timedelta(milliseconds=200)
+    assert reserve(Goal.NEVER) == (1, None)
+    assert reserve(Goal.NEVER) == (0, timedelta(seconds=1.8))
+    assert looked == [
+        "reserve since None",
+        f"reserve since {a_little_before}",
+        f"next since {a_little_before}",
+    ]
+    looked.clear()
+    found, due_in = reserve(Goal.DRAINED)
+    assert (found, looked[-1]) == (0, "next since None")
+    assert due_in is not None
+    assert due_in > timedelta(days=1)
 
 
 def blocks_read(connection: Connection, due_since: datetime | None) -> int:

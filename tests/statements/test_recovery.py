@@ -116,6 +116,17 @@ class TestNext:
         assert (row.id, row.process_at) == (id, LONG_AGO)
         assert row.due_in < timedelta(0)
 
+    def test_does_not_look_for_what_was_due_before(
+        self, connection: Connection, subscription: int
+    ) -> None:
+        add_checkpoint(connection, subscription, "before", process_at=LONG_AGO)
+        id = add_checkpoint(connection, subscription, "next", process_at=FAR_AHEAD)
+        for since, found in ((LONG_AGO, 1), (LONG_AGO + MINUTE, 2), (FAR_AHEAD, 2)):
+            row = connection.execute(get_next_process_at(GROUP, due_since=since)).one()
+            assert (row.id == id) is (found == 2)
+        beyond = get_next_process_at(GROUP, due_since=FAR_AHEAD + MINUTE)
+        assert connection.execute(beyond).all() == []
+
     def test_looks_at_what_reserve_would_take(
         self, connection: Connection, subscription: int
     ) -> None:
