@@ -31,6 +31,7 @@ class DueSince:
 
     def __init__(self) -> None:
         self._moment: datetime | None = None
+        self._is_idle = False
         self._late = _Pace(_LATE_OFTEN)
         self._all = _Pace(_ALL_OFTEN)
         self.looked: datetime | None = None
@@ -54,6 +55,7 @@ class DueSince:
             if pace is not None:
                 pace.looked(time.monotonic() - begun)
             self.looked = since
+            self._is_idle = not reserved
             if reserved:
                 self._moment = min(map(process_at, reserved))
                 return reserved
@@ -66,11 +68,15 @@ class DueSince:
     def _looks(self, *, surely: bool) -> Iterator[tuple[datetime | None, _Pace | None]]:
         """Where to look, one after the other until something is found."""
         now = time.monotonic()
-        if self._moment is not None and now < self._all.busy_at:
-            if now < self._late.busy_at:
+        may_for_all = surely or now >= self._all.idle_at
+        must_for_all = now >= (self._all.idle_at if self._is_idle else self._all.busy_at)
+        if self._moment is not None and not must_for_all:
+            is_late = self._is_idle or now >= self._late.busy_at
+            if not is_late:
                 yield self._moment, None
-            yield self._moment - _COMMITTED_LATE, self._late
-            if not surely and time.monotonic() < self._all.idle_at:
+            if is_late or not may_for_all:
+                yield self._moment - _COMMITTED_LATE, self._late
+            if not may_for_all:
                 return
         yield None, self._all
 
