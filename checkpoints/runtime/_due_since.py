@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 
 T = TypeVar("T")
 
-_COMMITTED_LATE = timedelta(milliseconds=200)
+# How far to look back: while there is enough to do, and before nothing is found.
+_A_LITTLE = timedelta(milliseconds=200)
+_FURTHER = timedelta(seconds=5)
 
-# How often to look further back while there is enough to do, in seconds.
-_LATE_OFTEN = 0.05
+# How often to look back while there is enough to do, in seconds.
+_BACK_OFTEN = 0.05
 _ALL_OFTEN = 0.5
-# Looking further back takes no more than a twentieth of the time, if need be.
+# In times of what looking back takes, so that it takes a twentieth of the time.
 _TIMES = 20
-_LONGEST = 30.0
+_LONGEST = 10.0
 
 
 class DueSince:
@@ -32,8 +34,9 @@ class DueSince:
     def __init__(self) -> None:
         self._moment: datetime | None = None
         self._is_idle = False
-        self._late = _Pace(_LATE_OFTEN)
+        self._back = _Pace(_BACK_OFTEN)
         self._all = _Pace(_ALL_OFTEN)
+        self._exact_seconds = 0.0
         self.looked: datetime | None = None
         """Since when it has looked the last time (None: for all)."""
 
@@ -46,18 +49,22 @@ class DueSince:
     ) -> list[T]:
         """Reserve what is due since then; look further back when that is nothing.
 
-        `reserve` is given the moment (None: all), `process_at` says when one was due. `surely`:
-        answer nothing only after a look for all; else `until_all` says when that may be.
+        `reserve` is given the moment (None: all), and gives those first that have been due longest;
+        `process_at` says since when. `surely`: answer nothing only after a look for all; else
+        `until_all` says when that may be.
         """
         for since, pace in self._looks(surely=surely):
             begun = time.monotonic()
-            reserved = reserve(since)
-            if pace is not None:
-                pace.looked(time.monotonic() - begun)
+            try:
+                reserved = reserve(since)
+            finally:
+                # Also of one that failed, by a timeout say: the next must not be the same at once.
+                self._took(time.monotonic() - begun, since, pace)
             self.looked = since
             self._is_idle = not reserved
             if reserved:
-                self._moment = min(map(process_at, reserved))
+                # In UTC: Python's arithmetic within another zone passes over changes of its clock.
+                self._moment = process_at(reserved[0]).astimezone(UTC)
                 return reserved
         return []
 
@@ -71,14 +78,22 @@ class DueSince:
         may_for_all = surely or now >= self._all.idle_at
         must_for_all = now >= (self._all.idle_at if self._is_idle else self._all.busy_at)
         if self._moment is not None and not must_for_all:
-            is_late = self._is_idle or now >= self._late.busy_at
-            if not is_late:
-                yield self._moment, None
-            if is_late or not may_for_all:
-                yield self._moment - _COMMITTED_LATE, self._late
+            if not self._is_idle:
+                if now >= self._back.busy_at:
+                    yield self._moment - _A_LITTLE, self._back
+                else:
+                    yield self._moment, None
             if not may_for_all:
+                yield self._moment - _FURTHER, None
                 return
         yield None, self._all
+
+    def _took(self, seconds: float, since: datetime | None, pace: _Pace | None) -> None:
+        if pace is not None:
+            # What is taken costs the same wherever the look began.
+            pace.looked(max(0.0, seconds - self._exact_seconds))
+        elif since == self._moment:
+            self._exact_seconds = seconds
 
 
 class _Pace:
@@ -86,11 +101,13 @@ class _Pace:
 
     def __init__(self, often: float) -> None:
         self._often = often
+        self._seconds = 0.0
         self.busy_at = self.idle_at = 0.0
 
     def looked(self, seconds: float) -> None:
-        """It was done now, and took so long."""
+        """It was done now, and took so long; a single one that took longer does not count."""
+        counted, self._seconds = min(seconds, self._seconds), seconds
         now = time.monotonic()
-        wait = min(_TIMES * seconds, _LONGEST)
+        wait = min(_TIMES * counted, _LONGEST)
         self.idle_at = now + wait
         self.busy_at = now + max(wait, self._often)

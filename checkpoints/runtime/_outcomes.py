@@ -177,10 +177,11 @@ def after_recording(
 
 def check_start(
     connection: Connection, settings: ConsumerSettings, names: Collection[str] | None
-) -> None:
+) -> bool:
     """Refuse an engine that commits each statement, and a schema that is not there.
 
-    Warns of names that nothing has.
+    Warns of names that nothing has. Answers whether a statement by itself is READ COMMITTED, by the
+    server's default for this connection, which is not always that of its transactions.
     """
     driver = connection.connection.driver_connection
     if getattr(driver, "autocommit", False):
@@ -201,6 +202,8 @@ def check_start(
     except DBAPIError as error:
         raise translated(error) from error.orig
     log_unknown(group, there, names)
+    default = connection.scalar(select(func.current_setting("default_transaction_isolation")))
+    return str(default) == "read committed"
 
 
 def reserve(
@@ -210,11 +213,15 @@ def reserve(
     since: DueSince,
     limit: int,
     goal: Goal,
+    *,
+    by_itself: bool,
 ) -> tuple[list[Reservation], timedelta | None]:
-    """Reserve, and commit; when nothing is to be had, say when to look again (None: not known)."""
+    """Reserve, and commit; when nothing is to be had, say when to look again (None: not known).
+
+    `by_itself`: without BEGIN, as `check_start` has answered.
+    """
     # A stricter level gains nothing but conflicts. A statement by itself has the server's default,
     # and needs no BEGIN and COMMIT, which would be two more ways to the server.
-    by_itself = connection.default_isolation_level == "READ COMMITTED"
     level = "AUTOCOMMIT" if by_itself else "READ COMMITTED"
     checkpoints = Checkpoints(connection.execution_options(isolation_level=level))
 

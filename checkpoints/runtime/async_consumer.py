@@ -187,7 +187,7 @@ class AsyncConsumer:
 
     async def _dispatch(self, goal: Goal, listen: Callable[[], None]) -> None:
         backoff, held_up = Backoff(), held_up_backoff()
-        checked = False
+        by_itself: bool | None = None
         while not self._stops:
             seconds: float | None = None
             self._woken.clear()
@@ -196,14 +196,13 @@ class AsyncConsumer:
             room = self._settings.room(len(self._waiting) + len(self._running))
             if room:
                 try:
-                    if not checked:
+                    if by_itself is None:
                         async with self._engine.connect() as connection:
-                            await connection.run_sync(
+                            by_itself = await connection.run_sync(
                                 outcomes.check_start, self._settings, self._names
                             )
-                        checked = True
                         listen()
-                    reserving = asyncio.create_task(self._reserve(room, goal))
+                    reserving = asyncio.create_task(self._reserve(room, goal, by_itself))
                     reserved, due_in = await uninterrupted(reserving)
                 except Exception as error:
                     if not is_passing(error):
@@ -225,11 +224,19 @@ class AsyncConsumer:
                         continue
             await wait(self._woken, seconds)
 
-    async def _reserve(self, limit: int, goal: Goal) -> tuple[bool, timedelta | None]:
+    async def _reserve(
+        self, limit: int, goal: Goal, by_itself: bool
+    ) -> tuple[bool, timedelta | None]:
         """Reserve, to hand out or give back; when nothing is to be had, when the next is due."""
         async with self._engine.connect() as connection:
             reserved, due_in = await connection.run_sync(
-                outcomes.reserve, self._settings, self._names, self._due_since, limit, goal
+                outcomes.reserve,
+                self._settings,
+                self._names,
+                self._due_since,
+                limit,
+                goal,
+                by_itself=by_itself,
             )
         self._telemetry.count("reserved", len(reserved))
         for reservation in reserved:

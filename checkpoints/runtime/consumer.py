@@ -246,20 +246,27 @@ class Consumer:
 
     def _dispatch(self, goal: Goal, keeper: Keeper, listen: Callable[[], None]) -> None:
         backoff, held_up = Backoff(), held_up_backoff()
-        checked = False
+        by_itself: bool | None = None
         while not self._stops:
             seconds = _LONG
             room = self._settings.room(len(self._waiting) + len(self._running))
             if room:
                 try:
-                    if not checked:
+                    if by_itself is None:
                         with self._engine.connect() as connection:
-                            outcomes.check_start(connection, self._settings, self._names)
-                        checked = True
+                            by_itself = outcomes.check_start(
+                                connection, self._settings, self._names
+                            )
                         listen()
                     with self._engine.connect() as connection:
                         reserved, due_in = outcomes.reserve(
-                            connection, self._settings, self._names, self._due_since, room, goal
+                            connection,
+                            self._settings,
+                            self._names,
+                            self._due_since,
+                            room,
+                            goal,
+                            by_itself=by_itself,
                         )
                 except Exception as error:
                     if not is_passing(error):

@@ -57,27 +57,36 @@ def test_the_writes_of_a_handler_and_the_position_commit_together(bench: Bench) 
 
 
 @pytest.mark.parametrize(
-    ("default", "autocommits"), [("read committed", True), ("repeatable read", False)]
+    ("default", "arguments", "autocommits"),
+    [
+        ("read committed", {}, True),
+        ("read committed", {"isolation_level": "SERIALIZABLE"}, True),
+        ("repeatable read", {}, False),
+        ("repeatable read", {"isolation_level": "READ COMMITTED"}, False),
+    ],
 )
 def test_a_reserve_is_a_transaction_by_itself_unless_the_default_is_stricter(
-    bench: Bench, default: str, autocommits: bool
+    bench: Bench, default: str, arguments: dict[str, Any], autocommits: bool
 ) -> None:
     """Without BEGIN and COMMIT it is one way to the server instead of three."""
     bench.fill("account-1")
     escaped = default.replace(" ", "\\ ")
     options = {"options": f"-c default_transaction_isolation={escaped}"}
-    runner = bench.consumer(write, engine={"connect_args": options})
-    found: dict[str, tuple[bool, IsolationLevel | None]] = {}
+    runner = bench.consumer(write, engine={"connect_args": options, **arguments})
+    reserves: set[tuple[bool, IsolationLevel | None]] = set()
+    handlers: set[bool] = set()
 
     def executed(connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
         driver = connection.connection.driver_connection
-        found[statement] = (driver.autocommit, driver.isolation_level)
+        if "reserve_claimed" in statement:
+            reserves.add((driver.autocommit, driver.isolation_level))
+        elif "INTO notes" in statement:
+            handlers.add(driver.autocommit)
 
     event.listen(runner.sync_engine, "before_cursor_execute", executed)
     assert runner.drain() == 1
-    reserves = {how for statement, how in found.items() if "reserve_claimed" in statement}
     assert reserves == {(autocommits, None if autocommits else IsolationLevel.READ_COMMITTED)}
-    assert [now for statement, (now, _) in found.items() if "INTO notes" in statement] == [False]
+    assert handlers == {False}
 
 
 def test_the_position_that_a_handler_answers_is_where_the_next_begins(bench: Bench) -> None:
