@@ -51,6 +51,7 @@ must not commit or roll back.
 """
 
 _LONG = 3600.0
+_SIGNALS_NOTICED = 0.5
 
 # At the end: how long to wait for a handler that is just ending its reservation, and for threads
 # that are in the middle of a statement.
@@ -317,10 +318,19 @@ class Consumer:
     def _await_events(self, seconds: float, keeper: Keeper) -> None:
         """Wait for one event, then take all there are."""
         with suppress(queue.Empty):
-            event = self._events.get(timeout=seconds) if seconds else self._events.get_nowait()
+            event = self._next_event(seconds)
             while True:
                 self._take(event, keeper)
                 event = self._events.get_nowait()
+
+    def _next_event(self, seconds: float) -> _Event | Sequence[Held]:
+        ends = time.monotonic() + seconds
+        while (left := ends - time.monotonic()) > _SIGNALS_NOTICED:
+            # A signal that comes just before the wait begins does not end it, and Python calls its
+            # handler only after.
+            with suppress(queue.Empty):
+                return self._events.get(timeout=_SIGNALS_NOTICED)
+        return self._events.get(timeout=left) if left > 0 else self._events.get_nowait()
 
     def _take(self, event: _Event | Sequence[Held], keeper: Keeper) -> None:
         if event is _Event.STOP:

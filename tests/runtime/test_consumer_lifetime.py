@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -304,7 +304,7 @@ def test_finished_work_is_not_kept_in_memory(bench: Bench) -> None:
 # --- signals
 
 SCRIPT = """
-import asyncio, sys, threading, time
+import asyncio, signal, sys, threading, time
 from datetime import timedelta
 from sqlalchemy import create_engine, text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -312,6 +312,7 @@ from checkpoints.runtime import AsyncConsumer, Consumer
 
 kind, method, url, behaviour = sys.argv[1:]
 settings = dict(concurrency=1, batch=3, grace=timedelta(seconds=30))
+go_on = text("SELECT pg_advisory_xact_lock(1)")
 note = text("INSERT INTO notes (stream_name) VALUES ('done')")
 
 def say(what):
@@ -322,13 +323,16 @@ def handler(connection, given):
     if behaviour == "hangs":
         time.sleep(0.2)
         connection.execute(text("SELECT pg_sleep(60)"))
-    connection.execute(text("SELECT pg_sleep(0.5)"))
+    if behaviour == "signals":
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+    connection.execute(go_on)
     connection.execute(note)
 
 async def async_handler(connection, given):
     say("started")
-    seconds = 60 if behaviour == "hangs" else 0.5
-    await connection.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": seconds})
+    if behaviour == "signals":
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+    await connection.execute(text("SELECT pg_sleep(60)") if behaviour == "hangs" else go_on)
     await connection.execute(note)
 
 async def main():
@@ -371,18 +375,40 @@ def process(bench: Bench, method: str, behaviour: str) -> Iterator[subprocess.Po
             started.kill()
 
 
+@contextmanager
+def held_up(bench: Bench) -> Iterator[Callable[[], None]]:
+    """Handlers that work wait in the database until what is yielded is called."""
+    with bench.engine.connect() as connection:
+        connection.execute(text("SELECT pg_advisory_xact_lock(1)"))
+        yield connection.rollback
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_what_runs_finish_and_gives_the_rest_back(bench: Bench, number: int) -> None:
     bench.fill("account-1", "account-2", "account-3")
 
-    with process(bench, "run", "works") as running:
+    with held_up(bench) as go_on, process(bench, "run", "works") as running:
         running.send_signal(number)
+        until(lambda: reserved(bench) == 1, "the rest is given back")
+        go_on()
         out, err = running.communicate(timeout=20)
 
     assert (out, err, running.returncode) == ("ended\n", "", 0)
     assert bench.notes() == ["done"]
     assert reserved(bench) == 0
     assert bench.ask("SELECT max(retry_attempts) FROM checkpoints.checkpoints") == 0
+
+
+def test_a_signal_that_does_not_wake_the_main_thread_is_noticed_all_the_same(bench: Bench) -> None:
+    """As one that comes just before that begins to wait."""
+    bench.fill("account-1", "account-2", "account-3")
+
+    with held_up(bench) as go_on, process(bench, "run", "signals") as running:
+        until(lambda: reserved(bench) == 1, "the rest is given back")
+        go_on()
+        out, _ = running.communicate(timeout=20)
+
+    assert (out, running.returncode) == ("ended\n", 0)
 
 
 def test_a_second_signal_stops_now(bench: Bench) -> None:
@@ -403,8 +429,11 @@ def test_a_second_signal_stops_now(bench: Bench) -> None:
 def test_ctrl_c_in_a_script_that_drains_gives_everything_back(bench: Bench) -> None:
     bench.fill("account-1", "account-2", "account-3")
 
-    with process(bench, "drain", "works") as running:
+    with held_up(bench) as go_on, process(bench, "drain", "works") as running:
         running.send_signal(signal.SIGINT)
+        # The asyncio one does not let what runs finish.
+        until(lambda: reserved(bench) <= 1, "the rest is given back")
+        go_on()
         out, _ = running.communicate(timeout=20)
 
     assert (out, running.returncode) == ("interrupted\n", 130)
